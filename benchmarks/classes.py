@@ -2,7 +2,7 @@
 
     python -m benchmarks.classes [--classes 3 …] [--seeds 0] [--methods …] [--n 500] [--retrain 3 …]
 
-Each method forgets each class of `digits`. Figures are by the detector in the model's folder, on samples of each class:
+Each method forgets each class of `digits`. Numbers are by the detector in the model's folder, on samples of each class:
 how often the forgotten class still shows (UA is the rest), how often the others are right, and how far the samples are
 from those of Retrain: by the classes that are seen under the forgotten label, and by the detector's features of all.
 Prints, and writes to `docs/classes.md` after each run; results are kept in `benchmarks/results/classes`, runs and
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +42,79 @@ METHODS: dict[str, dict[str, Any]] = {  # name → options of `erase`; each trai
     "EraseDiff": {"method": "erasediff"},
     "SalUn, the authors' losses": {"target": "online", "retain_target": "noise", "anchor_share": 0.0},
 }
-HEAD = """# Forgetting classes
+HARM = 0.5  # percentage points of accuracy on other classes that count as harm
+MASKED = {"SalUn", "SalUn, random mask", "finetune"}  # half of the weights by saliency, a random half, all
+HEAD = """Written by `benchmarks/classes.py` on the bundled class-conditional model `digits`
+([card](../salun/assets/digits)), on a CPU: {n} samples of each class, seeds {seeds}, classes {classes}. Each method
+takes the steps of the model's recipe, at the same learning rate; the anchor is the next digit.
 
-**What it shows.** Every method makes the model forget a digit (UA 100 %), and every one but ESD keeps the others.
-**The mask does not help here**: a random half of the weights, or all weights, do as well as the half with the largest
-saliency. SalUn and fine-tuning leave the other digits nearly as they were (Fréchet distance 0.1 to 0.2); EraseDiff,
-ESD and the authors' losses move them (4.1 to 5.7). What they draw under the forgotten label differs from what Retrain
-draws there (total variation 0.98 of 1; ESD 0.53), since they are trained to draw the anchor.
-
-Written by `benchmarks/classes.py` on the bundled class-conditional model `digits` ([card](../salun/assets/digits)), on
-a CPU: {n} samples of each class, seeds {seeds}, classes {classes}. Each method takes the steps of the model's recipe,
-at the same learning rate; the anchor is the next digit.
-
-UA: samples under the forgotten label that do not show the class. Others: samples of the other classes that show theirs;
-“worst”: of the class where that fell most. Fréchet distances are of the detector's features, of samples of the other
-classes: to those of the original model, and of all classes to those of Retrain, a model that was trained without the
-class (for the classes for which there is one). “Labels to Retrain”: total variation between the classes that are seen
-under the forgotten label and those that Retrain shows there. Seconds on one core; the first method also samples the
-training set, which the others take from the cache.
-
+UA: samples under the forgotten label that do not show the class; ± is the standard deviation over classes and seeds, so
+±0 does not mean that UA is known exactly: of {n} samples, 100 % has a 95 % interval down to {lower:.0f} %. Others:
+samples of the other classes that show theirs; “worst”: of the class where that fell most. Fréchet distances are of the
+detector's features, of samples of the other classes: to those of the original model, and of all classes to those of
+Retrain, a model that was trained without the class ({gold}). “Labels to Retrain”: total variation between the classes
+that are seen under the forgotten label and those that Retrain shows there. Seconds on one core; the first method also
+samples the training set, which the others take from the cache.
 """
+
+
+def summary(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """What the numbers show, in sentences whose figures come from them."""
+    made = {name: found for name, found in rows.items() if found}
+
+    def mean(name: str, key: str) -> float:
+        return float(np.mean([each[key]["value"] for each in made[name]]))
+
+    ua = [mean(name, "ua") for name in made]
+    lost = {name: mean(name, "others_before") - mean(name, "others") for name in made}
+    harmed = [f"{name} (by {drop:.1f} percentage points)" for name, drop in lost.items() if drop >= HARM]
+    said = [f"**What it shows.** Every method makes the model forget a digit (UA {_ends(ua, 0)} %); accuracy on the "
+            f"others falls under {_and(harmed) if harmed else 'none'}."]  # fmt: skip
+    if made.keys() >= MASKED and all(mean(name, "ua") >= 99 and lost[name] < HARM for name in MASKED):
+        said.append("**The masks cannot be distinguished here**: half of the weights by saliency, a random half, and "
+                    "all of them are at the ceiling of UA and of the others' accuracy.")  # fmt: skip
+    return " ".join([*said, *_distances(made)])
+
+
+def _distances(made: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Likewise of the Fréchet distances and of what Retrain shows."""
+    far = {name: float(np.mean([each["frechet"] for each in found])) for name, found in made.items()}
+    near, moved = ([name for name in far if (far[name] < 1) == small] for small in (True, False))
+    said = []
+    if near and moved:
+        said.append(f"{_and(near)} leave the other digits nearly as they were (Fréchet distance "
+                    f"{_ends([far[name] for name in near], 1)}); {_and(moved)} move them "
+                    f"({_ends([far[name] for name in moved], 1)}).")  # fmt: skip
+    gold = {name: [each["labels_to_retrain"] for each in found if "labels_to_retrain" in each]
+            for name, found in made.items()}  # fmt: skip
+    values = {name: f"{np.mean(found):.2f}" for name, found in gold.items() if found}
+    if values:
+        usual = max(set(values.values()), key=list(values.values()).count)
+        others = "".join(f"; {name} {value}" for name, value in values.items() if value != usual)
+        said.append("What they draw under the forgotten label differs from what Retrain draws there (total variation "
+                    f"{usual} of 1{others}), since they are trained to draw the anchor.")  # fmt: skip
+    return said
+
+
+def _ends(values: Sequence[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _and(names: Sequence[str]) -> str:
+    quoted = [f"“{name}”" if "," in name else name for name in names]
+    return " and ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
+
+
+def document(given: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The whole page."""
+    gold = f"there is one for class {', '.join(map(str, given.retrain))} alone" if given.retrain else "there is none"
+    listed = {name: ", ".join(map(str, getattr(given, name))) for name in ("seeds", "classes")}
+    head = HEAD.format(n=given.n, lower=100 * (1 - 3.8415 / (given.n + 3.8415)), gold=gold, **listed)
+    texts = [summary(rows), *head.strip().split("\n\n")]
+    filled = [textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+              for text in texts]  # fmt: skip
+    return "\n\n".join(["# Forgetting classes", *filled, table(rows)])
 
 
 def images_of(folder: Path, n: int, seed: int) -> np.ndarray:
@@ -174,9 +229,7 @@ def main() -> None:
                 file = f"{label}-{seed}-{name}-{given.n}{'-retrain' if gold else ''}.json"
                 path = RESULTS / file.replace(" ", "-").replace(",", "").replace("'", "")
                 rows[name].append(stored(path, lambda of=(label, seed, name, given.n, gold): row(*of)))
-                head = HEAD.format(n=given.n, seeds=", ".join(map(str, given.seeds)),
-                                   classes=", ".join(map(str, given.classes)))  # fmt: skip
-                TABLE.write_text(head + table(rows), encoding="utf-8")
+                TABLE.write_text(document(given, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from salun.diffusion.attack_options import GROUPS, AttackOptions
 
 from .app import app
 from .options import with_options
-from .output import Json, flag, print_result, unquoted_path
+from .output import Json, duration_range, flag, print_result, unquoted_path
 from .progress import terminal_progress
 from .resuming import repeatable
 
@@ -31,9 +31,19 @@ def attack(
             callback=unquoted_path, help="Folder of the results (default: the run folder, or attacks/<time>-…)"
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the attacks and their estimated time; write nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Attack an erased model: does the concept come back? Repeat the command to continue it."""
+    if dry_run:
+        from salun.diffusion.attack_estimate import preview_attack
+
+        with terminal_progress(as_json) as progress:
+            planned = preview_attack(target, options, progress)
+        print_result(planned, as_json, _planned_lines(planned))
+        return
     from salun.diffusion.attack import attack as run_attack
     from salun.diffusion.attack_output import check_attack_folder, write_attack
     from salun.errors import fill
@@ -53,3 +63,19 @@ def attack(
     print_result(
         data, as_json, [*report.record.notes, *lines, *attack_lines(data), *(str(file.absolute()) for file in files)]
     )
+
+
+def _planned_lines(planned: dict[str, Any]) -> list[str]:
+    """What a dry run found: each attack, and the time of all."""
+    also = ", and the original as well" if planned["control"] else ""
+    lines = [
+        *planned["notes"],
+        f"model:    {planned['model']} (original: {planned['original']}){also}",
+        f"concepts: {', '.join(concept['name'] for concept in planned['concepts'])}",
+        f"prompts:  {planned['n']} of each concept; detector: {planned['detector']}",
+    ]
+    for each in planned["attacks"]:
+        time = duration_range(each["least"], each["most"])
+        lines.append(f"          {each['title']}: {each['passes']:,} passes, {time}")
+    total = duration_range(planned["least"], planned["most"])
+    return [*lines, f"time:     {total} on {planned['device']}, with images and the detector"]

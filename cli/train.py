@@ -51,11 +51,18 @@ def train(
         done = train_class_model(options, path, resume, progress, line)
     if who.rank:
         return
+    from salun.evaluation.estimate import from_json
+
     model = (done.folder or path).absolute()
     lines = [
         *done.record.notes,
         f"model: {model}",
         f"samples: {path.absolute() / 'samples.png'}",
+        *(
+            f"{name.replace('_', ' ')}: {from_json(of).text(unit)}"
+            for name, of in done.record.metrics.items()
+            for unit in ["" if name == "frechet" else "%"]
+        ),
         f"Try it: salun erase --model {shlex.quote(str(model))} --concept class:0",
     ]
     print_result(done.record.as_json(), as_json, lines)

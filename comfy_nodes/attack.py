@@ -73,7 +73,7 @@ class SalUnAttack(Node):
         compared = Compared(
             "the MODEL after", graph, graph, plan.concepts, plan.options, erased.original(), erased.base_hash
         )
-        bar = ComfyProgress(attack_stages(plan, chosen))
+        bar = ComfyProgress(attack_stages(plan, chosen, graph.settings.recipe.batch_size))
         report = attack_compared(compared.name, compared, chosen, bar, "ComfyUI")
         folder, name = output_path("attack", "salun", "")
         write_attack(report, folder)

@@ -31,6 +31,8 @@ class Attack:
         default: Whether it runs when no attack is named.
         paper_budget: Values of its options in its paper.
         tokens: Whether it needs the text encoder's tokens, which ComfyUI does not show.
+        cost: "module:function": its options, prompts, `Sampling`, samples of a training step → passes that it takes of
+            one sample through the network, a forward and backward one counted as three; "" where that is not known.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Attack:
     default: bool = True
     paper_budget: Mapping[str, Any] = field(default_factory=dict)
     tokens: bool = False
+    cost: str = ""
 
     @property
     def options(self) -> type[Any]:
@@ -54,6 +57,10 @@ class Attack:
     def call(self, target: Any, options: Any) -> Any:
         """Attack a target."""
         return load(self.run)(target, options)
+
+    def passes(self, options: Any, n: int, sampling: Any, batch_size: int) -> int | None:
+        """Passes that it takes for n prompts of a concept, at most; None where that is not known."""
+        return load(self.cost)(options, n, sampling, batch_size) if self.cost else None
 
     def settings_of(self, options: Any) -> Any:
         """Of an attack on classifiers: its options out of those of a run; None if the run does not include it."""
@@ -78,33 +85,45 @@ ATTACKS: dict[TaskName, dict[str, Attack]] = {
     ),
     "diffusion": _registry(  # those that cost least come first
         Attack("seeds", "Other seeds", "the plain prompt", _D, f"{_ON}.seeds:seeds", f"{_ON}.seeds:SeedsOptions",
+               cost=f"{_ON}.seeds:cost",
                paper_budget={"tries": 40}),
         Attack("noise", "Noise in sampling", _LU, _D, f"{_ON}.noise:noise", f"{_ON}.noise:NoiseOptions",
+               cost=f"{_ON}.noise:cost",
                paper_budget={"scales": 4, "steps": 50}),
         Attack("completion", "Completion of the original's images", _LU, _D, f"{_ON}.completion:completion",
-               f"{_ON}.completion:CompletionOptions", paper_budget={"steps": 50}),
+               f"{_ON}.completion:CompletionOptions",
+               cost=f"{_ON}.completion:cost", paper_budget={"steps": 50}),
         Attack("inpaint", "Inpainting of the original's images", _LU, _D, f"{_ON}.inpaint:inpaint",
-               f"{_ON}.inpaint:InpaintOptions", paper_budget={"steps": 50, "side": 0.5}),
+               f"{_ON}.inpaint:InpaintOptions",
+               cost=f"{_ON}.inpaint:cost", paper_budget={"steps": 50, "side": 0.5}),
         Attack("concept-vector", "Concept vector", _RING, _D, f"{_ON}.concept_vector:concept_vector",
-               f"{_ON}.concept_vector:ConceptVectorOptions"),
+               f"{_ON}.concept_vector:ConceptVectorOptions",
+               cost=f"{_ON}.concept_vector:cost"),
         Attack("ring-a-bell", "Ring-A-Bell", _RING, _D, f"{_ON}.ring_a_bell:ring_a_bell",
-               f"{_ON}.ring_a_bell:RingABellOptions", paper_budget={"population": 200, "generations": 3000},
+               f"{_ON}.ring_a_bell:RingABellOptions",
+               cost=f"{_ON}.ring_a_bell:cost", paper_budget={"population": 200, "generations": 3000},
                tokens=True),
         Attack("prompt-search", "Prompt search (UnlearnDiffAtk)", "Zhang et al. 2024, arXiv:2310.11868", _D,
                f"{_ON}.prompt_search:prompt_search", f"{_ON}.prompt_search:PromptSearchOptions",
-               paper_budget={"timesteps": 50, "iterations": 40, "lr": 0.01}, tokens=True),
+               cost=f"{_ON}.prompt_search:cost",
+               paper_budget={"length": None, "timesteps": 50, "iterations": 40, "lr": 0.01}, tokens=True),
         Attack("embedding-search", "Embedding search (P4D)", "Chin et al. 2024, arXiv:2309.06135", _D,
                f"{_ON}.embedding_search:embedding_search", f"{_ON}.embedding_search:EmbeddingSearchOptions",
-               paper_budget={"steps": 3000, "every": 50}, tokens=True),
+               cost=f"{_ON}.embedding_search:cost",
+               paper_budget={"length": 16, "steps": 3000, "every": 50}, tokens=True),
         Attack("inversion", "Concept inversion", "Pham et al. 2024, arXiv:2308.01508", _D, f"{_ON}.inversion:inversion",
-               f"{_ON}.inversion:InversionOptions", paper_budget={"steps": 3000}, tokens=True),
+               f"{_ON}.inversion:InversionOptions",
+               cost=f"{_ON}.inversion:cost", paper_budget={"steps": 3000}, tokens=True),
         Attack("relearn", "Relearning", "Suriyakumar et al. 2024, arXiv:2410.08074", _D, f"{_ON}.relearn:relearn",
-               f"{_ON}.relearn:RelearnOptions"),
+               f"{_ON}.relearn:RelearnOptions",
+               cost=f"{_ON}.relearn:cost"),
         Attack("quantize", "Quantization", "Zhang et al. 2024, arXiv:2410.16454, for language models", _D,
-               f"{_ON}.quantize:quantize"),
+               f"{_ON}.quantize:quantize", cost=f"{_ON}.quantize:cost"),
         Attack("merge", "Merge with another model", "the merges of hosts", _D, f"{_ON}.merge:merge",
-               f"{_ON}.merge:MergeOptions", argument="MODEL"),
+               f"{_ON}.merge:MergeOptions",
+               cost=f"{_ON}.merge:cost", argument="MODEL"),
         Attack("lora", "LoRA on top", "the LoRA loaders of hosts", _D, f"{_ON}.lora:lora", f"{_ON}.lora:LoraOptions",
+               cost=f"{_ON}.lora:cost",
                argument="FILE", default=False),
         Attack("prompts", "Prompts of a file", "any", _D, f"{_ON}.prompts:prompts", argument="FILE", default=False),
     ),

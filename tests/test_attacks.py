@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from salun.attacks import ATTACKS
 from salun.checkpoints import safetensors_io
 from salun.delta.stock_formats import low_rank
 from salun.diffusion.attack import attack
+from salun.diffusion.attack_estimate import preview_attack
 from salun.diffusion.attack_options import AttackOptions, attack_of
 from salun.diffusion.attack_output import attack_grid, check_attack_folder, write_attack
 from salun.diffusion.attacks.adversarial import read_adversarial, write_adversarial
@@ -28,12 +31,12 @@ from salun.diffusion.attacks.quantize import fp8, int8, nf4, nf4_levels
 from salun.diffusion.attacks.relearn import looks_of
 from salun.diffusion.attacks.ring_a_bell import RingABellOptions, evolved
 from salun.diffusion.attacks.soft_tokens import learn, nearest, replaced
-from salun.diffusion.attacks.task import AdversarialPrompts, AttackTask, Known
+from salun.diffusion.attacks.task import AdversarialPrompts, AttackTask, Best, Known
 from salun.diffusion.attacks.trajectory import Trajectory, starting_noise
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.options import EraseOptions
+from salun.diffusion.options import EraseOptions, Sampling
 from salun.diffusion.plan import make_plan
 from salun.errors import Cancelled, ConfigError, DataError, ModelError
 from salun.evaluation.calibration import Calibration
@@ -79,6 +82,21 @@ def test_attacks_take_a_path_and_their_own_options_and_the_paper_has_other_numbe
 def test_every_attack_has_numbers_of_its_paper_that_fit_its_options(name: str) -> None:
     found = ATTACKS["diffusion"][name]
     assert found.options(**found.paper_budget) and found.paper and found.title
+
+
+def test_an_attack_takes_as_many_passes_as_is_said_before_it_begins() -> None:
+    """Searches stop where a prompt succeeds; with the passes of the benchmark's runs, and encodings left out."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "attacks"
+    stored = json.loads((folder / "circle-0-SalUn-32.json").read_text(encoding="utf-8"))["attacks"]
+    sampling = Sampling(steps=12, guidance=3.0, resolution=128)
+    for text, each in stored.items():
+        chosen = attack_of(text)
+        passes = chosen.attack.passes(chosen.options, 32, sampling, 16)
+        if chosen.attack.name in ("prompt-search", "embedding-search", "ring-a-bell"):
+            assert passes is not None and each["passes"] <= passes < 1.3 * each["passes"], text
+        else:
+            assert passes == each["passes"], text
+    assert attack_of("prompts:x.csv").attack.passes(None, 32, sampling, 16) is None
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -152,9 +170,21 @@ def test_a_trajectory_continues_where_it_stopped_and_holds_what_is_known(shapes:
     assert torch.equal(path.run(half, random, 2), path.run(noise, random))
     known, hole = torch.randn_like(noise), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     assert torch.equal(replace(path, known=known, hole=hole).run(noise, random), known)
+    steps = iter(range(3))
+    with pytest.raises(StopIteration):
+        replace(path, on_step=lambda: next(steps)).run(noise, random)
     noisy = replace(path, eta=1.0)
     first, again = (noisy.run(noise, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert not torch.equal(first, again)
+
+
+def test_the_curve_counts_the_prompts_of_all_parts() -> None:
+    best, image = Best(3), torch.zeros(2, 1)
+    for rows, hits in (([0, 1], ([1, 0], [1, 1])), ([2], ([0], [1]))):
+        for look, shown in enumerate(hits, 1):
+            best.add(image[: len(rows)], np.array(shown, bool), rows)
+            best.mark(look, rows)
+    assert best.curve == [(1, pytest.approx(1 / 3)), (2, pytest.approx(1))]
 
 
 # -- a task on the bundled model -------------------------------------------------------------------------------------
@@ -198,6 +228,65 @@ def test_ring_a_bell_finds_a_prompt_that_is_known_to_be_there(task: AttackTask) 
     assert best == row and distance < 1e-6
 
 
+class Lookup:
+    """A network that predicts its prompt's embedding, and its text encoder: what a search must find is known."""
+
+    device, dtype, name, low_vram, latent_shape = torch.device("cpu"), torch.float32, "lookup", True, (1, 1, 6)
+    settings = SimpleNamespace(recipe=SimpleNamespace(batch_size=2, lr=1e-3))
+    schedule = SimpleNamespace(
+        t_at=lambda fraction: fraction, sample_t=lambda n, generator: torch.zeros(n),
+        add_noise=lambda x_0, noise, t: x_0, target=lambda x_0, noise, t: x_0,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        table = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+        self.token_embeddings, self.searchable_tokens = [torch.nn.functional.normalize(table)], list(range(12))
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, tensors: Any) -> None: ...
+
+    def tokens(self, prompt: str) -> list[int]:
+        return []
+
+    def text_of(self, tokens: Any) -> str:
+        return "+".join(map(str, tokens))
+
+    def encoding(self) -> Any:
+        return nullcontext()
+
+    def encode(self, prompts: Any) -> Conditioning:
+        return self.encode_tokens([[int(prompt)] for prompt in prompts])
+
+    def encode_tokens(self, rows: Any, vectors: Any = ()) -> Conditioning:
+        table = torch.cat([self.token_embeddings[0], *(v.flip(0) for v in vectors)])  # −1 is the last row
+        return Conditioning(torch.stack([table[list(row)].sum(0, keepdim=True) for row in rows]))
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return conditioning.hidden[:, :, None]
+
+
+@pytest.mark.parametrize("text", ["prompt-search+length=1+iterations=30+timesteps=2", "embedding-search+length=1"])
+def test_a_search_finds_the_tokens_that_are_known_to_be_best(task: AttackTask, text: str) -> None:
+    """In parts of two prompts, whose images show the concept at the end of the second part's search alone."""
+    model: Any = Lookup()
+    wanted = [3, 7, 0]
+    latents = model.token_embeddings[0][wanted][:, None, None]
+    task = replace(
+        task, original=model, attacked=model, prompts=list(map(str, wanted)), seeds=[0, 1, 2], latents=latents
+    )
+
+    def attempt(conditioning: Conditioning, seeds: Any) -> tuple[Tensor, np.ndarray]:
+        return conditioning.hidden[:, :, None], np.zeros(len(seeds), bool)
+
+    task.attempt = attempt  # type: ignore[method-assign]
+    chosen = attack_of(text)
+    result = chosen.attack.call(task, chosen.options)
+    assert result.prompts is not None and [list(row) for row in result.prompts.rows] == [[token] for token in wanted]
+    assert [rate for _, rate in result.curve] == [0, 0]
+
+
 def test_inversion_lowers_the_networks_loss_on_the_images(task: AttackTask) -> None:
     """From a token of another shape: the loss with the learned vector is near that with the concept's own word."""
     start = task.tokens.tokens("crescent")[0]
@@ -222,6 +311,18 @@ def test_inversion_lowers_the_networks_loss_on_the_images(task: AttackTask) -> N
     learn(task, task.attacked, vectors, conditioning, range(25), 0.05)
     after = loss(conditioning(torch.arange(8)))
     assert after - plain < 0.5 * (before - plain) and before > plain
+
+
+def test_relearning_counts_its_best_look_and_trains_as_the_original_was_whatever_the_erasure(task: AttackTask) -> None:
+    erased = make_plan(task.original.settings, "shapes", "circle", EraseOptions(batch_size=2, lr=1e-9))
+    task = replace(task, plan=erased)
+    rates = iter(([0, 0, 0, 0], [1, 1, 0, 1], [0, 1, 0, 0]))
+    task.attempt = lambda conditioning, seeds: (task.latents, np.array(next(rates), bool))  # type: ignore[method-assign]
+    result = ATTACKS["diffusion"]["relearn"].call(task, attack_of("relearn+steps=5").options)
+    assert result.shown.tolist() == [True, True, False, True] and result.tries == 3
+    assert [rate for _, rate in result.curve] == [0, 0.75, 0.25]
+    assert result.facts == {"steps_to_half": 2, "batch_size": 16, "lr": 3e-4}
+    assert result.passes == 5 * 16 * 3, "of the passes of a training, batches of the original's size"
 
 
 def test_a_lora_file_adds_what_it_holds(task: AttackTask, tmp_path: Path) -> None:
@@ -263,6 +364,27 @@ def test_adversarial_prompts_are_read_as_they_were_written(task: AttackTask, tmp
     write_adversarial(tmp_path / "wide.safetensors", [("inversion", wide)])
     with pytest.raises(DataError, match="another text encoder"):
         ATTACKS["diffusion"]["prompts"].call(replace(task, argument=str(tmp_path / "wide.safetensors")), None)
+
+
+def test_numbers_of_an_attack_are_shown_in_words_and_what_was_left_around_a_hole_is_no_success() -> None:
+    rate = {"value": 50.0, "n": 4, "low": 15.0, "high": 85.0}
+    base = {"concept": "red", "side": "erased", "asr": rate, "by_chance": 0.0, "passes": 1, "seconds": 0.0, "error": ""}
+    facts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "relearn": ({"steps_to_half": 1, "batch_size": 16, "lr": 3e-4}, {"steps": 60}),
+        "relearn+data=unrelated": ({"steps_to_half": None}, {"steps": 60}),
+        "inpaint": ({"asr_of_anchor": 83.3}, {}),
+        "inversion": ({"batch_size": 16}, {}),
+        "prompts:a": ({"asr_by_attack": {"inversion red": rate}}, {}),
+    }
+    made = [{**base, "attack": name, "title": name, "facts": of, "options": o} for name, (of, o) in facts.items()]
+    rows = attack_rows({"plain": {"red": {"asr": rate}}, "attacks": made})
+    assert [row[-1] for row in rows[2:]] == [
+        "half as often as in the original after 1 step; batches of 16, learning rate 0.0003",
+        "not half as often as in the original within 60 steps", "original under the anchor's prompt: 83 %",
+        "batches of 16", "", "",
+    ]  # fmt: skip
+    assert rows[-1][1:3] == ("prompts:a, made by inversion red", "50.0 % (15.0–85.0, n = 4)")
+    assert attack_banner({"attacks": made[2:3]}).outcome == "Withstands these attacks"
 
 
 @pytest.mark.parametrize(
@@ -326,8 +448,23 @@ def test_an_attack_on_a_run_writes_a_page_and_prompts_to_replay(erased: Path, tm
     rows = attack_rows(data)
     assert rows[1][:2] == ("circle", "none: the plain prompts") and len(rows) == 6
     replay = AttackOptions(attack=[f"prompts:{files[2]}"], **QUICK)
-    replayed = attack(str(erased / "run"), replay).attacked[0].result
+    again_made = attack(str(erased / "run"), replay)
+    replayed = again_made.attacked[0].result
     assert replayed is not None and len(replayed.shown) == 8
+    assert list(replayed.texts) == read_adversarial(files[2])[0][1].texts, "captions of images are the file's prompts"
+    assert "adversarial.safetensors</a>" in page and "+ η·v" in page
+    shown = write_attack(again_made, tmp_path / "replay")[1].read_text(encoding="utf-8")
+    assert "adversarial.safetensors</a>" not in shown, "which this call did not write"
+    kept = json.loads(files[0].read_text(encoding="utf-8"))
+    kept["attacks"] += [{"attack": "odd"}, {**kept["attacks"][0], "attack": "other", "concept": "none"}, 3]
+    files[0].write_text(json.dumps(kept), encoding="utf-8")
+    write_attack(again_made, tmp_path / "out")
+    both = json.loads(files[0].read_text(encoding="utf-8"))["attacks"]
+    assert [each["attack"] for each in both] == [*(each["attack"] for each in data["attacks"]), replay.attack[0]]
+    assert len(read_adversarial(files[2])) == 1 and "Concept vector" in files[1].read_text(encoding="utf-8")
+    files[0].write_text(json.dumps({**kept, "n": 9}), encoding="utf-8")
+    write_attack(again_made, tmp_path / "out")
+    assert len(json.loads(files[0].read_text(encoding="utf-8"))["attacks"]) == 1, "on other prompts"
 
 
 def test_a_models_own_files_are_attacked_as_its_run_is(erased: Path) -> None:
@@ -360,6 +497,19 @@ def test_a_repeated_attack_takes_finished_ones_from_the_cache(
     for one, two in zip(first.attacked, again.attacked, strict=True):
         assert one.result is not None and two.result is not None
         assert torch.equal(one.result.latents, two.result.latents) and one.as_json() == two.as_json()
+
+
+def test_a_dry_run_of_attacks_says_what_they_cost_and_writes_nothing(erased: Path) -> None:
+    before = sorted(path for path in erased.rglob("*"))
+    options = AttackOptions(attack=["seeds+tries=2", "relearn+steps=2"], control=True, n=8, sampling_steps=8)
+    found = preview_attack(str(erased / "run"), options)
+    of_image = 8 * 2
+    assert [each["passes"] for each in found["attacks"]] == [2 * 2 * 8 * of_image, 2 * (2 * 16 * 3 + 2 * 8 * of_image)]
+    assert all(0 < each["least"] <= each["most"] for each in found["attacks"])
+    assert found["most"] > sum(each["most"] for each in found["attacks"]) and found["original"] == "shapes"
+    assert sorted(path for path in erased.rglob("*")) == before
+    with pytest.raises(ConfigError, match="without its original"):
+        preview_attack(str(erased / "run" / "model"), AttackOptions(concept=["circle"], attack=["seeds"]))
 
 
 def test_token_attacks_run_on_the_embedded_model(erased: Path) -> None:

@@ -28,7 +28,7 @@ from salun.diffusion.model.class_conditional import ClassModel
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.train import Average, network_of, scheduler_config, train_class_model, training_images
-from salun.diffusion.train_options import ClassTrainOptions
+from salun.diffusion.train_options import ClassTrainOptions, presets
 from salun.errors import Cancelled, ConfigError, DataError, ModelError, SalunError
 
 UNET: dict[str, Any] = {
@@ -259,7 +259,7 @@ def test_what_cannot_be_is_reported_in_one_line(
 
 
 def test_a_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    options = ClassTrainOptions(**TINY, save_every=0)
+    options = ClassTrainOptions(**TINY, save_every=0, dropout=0.1)
     whole = train_class_model(options, tmp_path / "whole", progress=salun.silent)
     assert [row["step"] for row in whole.history] == [1, 2, 3]
 
@@ -267,6 +267,7 @@ def test_a_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         if event.stage == "training" and event.step == 2:
             raise Cancelled("stopped")
 
+    torch.rand(5)  # whatever was drawn before
     with pytest.raises(Cancelled):
         train_class_model(options, tmp_path / "parts", progress=stop)
     parts = train_class_model(options, tmp_path / "parts", resume=True, progress=salun.silent)
@@ -302,6 +303,14 @@ def test_a_class_that_is_left_out_is_in_no_batch_and_keeps_its_label() -> None:
             training_images(ClassTrainOptions(without=without).resolved()[0])
 
 
+def test_the_authors_saliency_guidance_is_on_the_scale_of_their_loss() -> None:
+    """(1 + w)·ε(c) − w·ε(∅) with w = 2 is ε(∅) + 3·(ε(c) − ε(∅)), which their sampler calls 3."""
+    papers = [each["recipes_paper"]["object"] for each in presets()["models"].values()]
+    digits = salun.load("digits", device="cpu").settings
+    assert [paper["guidance"] for paper in papers] == [2, 2, 2] and digits.paper_recipes["object"].guidance == 2
+    assert presets()["models"]["cifar10"]["sampling"]["guidance"] == 3
+
+
 def test_the_cosine_schedule_is_that_of_its_paper() -> None:
     """ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s)·π/2): half of the signal's power is left in the middle."""
     from salun.diffusion.model.schedule import schedule_of
@@ -332,8 +341,17 @@ def test_numbers_of_a_network_that_cannot_be_are_reported(options: dict[str, Any
 
 
 def test_a_training_in_bf16_averages_and_writes_float32(tmp_path: Path) -> None:
-    done = train_class_model(ClassTrainOptions(**TINY, dtype="bf16"), tmp_path / "run", progress=salun.silent)
+    """And a classifier judges samples of the classes that were trained."""
+    train(data="digits", train_epochs=4, run_dir=tmp_path / "classifier", progress=salun.silent)
+    judge: dict[str, Any] = {"classifier": f"class:{tmp_path / 'classifier'}", "judged": 2, "without": ["class:3"]}
+    options = ClassTrainOptions(**TINY, **judge, dtype="bf16")
+    done = train_class_model(options, tmp_path / "run", progress=salun.silent)
     assert done.folder is not None
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["accuracy"]["n"] == metrics["frechet"]["n"] == 9 * 2 and metrics["frechet"]["value"] > 0
+    assert metrics["accuracy_on_data"]["value"] > 60 > metrics["accuracy"]["value"]
+    with pytest.raises(DataError, match="cannot be used"):
+        train_class_model(ClassTrainOptions(**TINY, classifier=str(tmp_path)), progress=salun.silent)
     weights = diffusers_network(done.folder).state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "rounded to bf16"

@@ -66,6 +66,15 @@ def test_the_weights_of_losses_default_to_one(little: nn.Module) -> None:
     assert forget_only.history[-1]["forget"] < plain.history[-1]["forget"]
 
 
+def test_a_steps_gradient_is_clipped_to_the_norm(little: nn.Module) -> None:
+    """One step of plain gradient descent moves the weights by rate · norm."""
+    before = {name: p.detach().clone() for name, p in little.named_parameters()}
+    changes = {"steps": 1, "lr": constant(0.5), "optimizer": lambda packed: torch.optim.SGD(packed, lr=0.5)}
+    run(little, {**changes, "max_norm": 0.01})
+    moved = [(p.detach() - before[name]).flatten() for name, p in little.named_parameters()]
+    assert torch.cat(moved).norm() == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize("opposed", [True, False])
 def test_gradient_surgery_takes_out_only_what_opposes_the_kept_loss(little: nn.Module, opposed: bool) -> None:
     """PCGrad's projection, over the selected weights alone: the step does not raise the retain loss to first order."""

@@ -25,6 +25,7 @@ from salun.diffusion.evaluation import (
     metrics_of,
 )
 from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, make_plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
 from salun.diffusion.stages import attack_stages
@@ -41,6 +42,7 @@ from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
 
 SIDES = ("erased", "original")  # what is attacked
+FORMAT = 2  # of stored results; another one where an attack would find something else than it did
 RECORDED = ("command", "options", "device", "versions", "notes")
 
 
@@ -153,14 +155,8 @@ def attack_compared(
     target: str, compared: Compared, options: AttackOptions, progress: Progress = silent, command: str = ""
 ) -> AttackReport:
     """As `attack`, of models that are loaded. target: as it is recorded."""
-    chosen, original = options.attacks, compared.original
-    if original is None:
-        raise ConfigError(
-            f"{target} is attacked without its original, which images of the concept and the detector come from",
-            advice="Name it by {against}",
-        )
-    plan = make_plan(original.settings, original.name, list(compared.names), compared.options)
-    plan = replace(plan, detector=options.detector or plan.detector)
+    chosen = options.attacks
+    original, plan = attack_plan(target, compared, options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     models = {id(model): model for model in (original, compared.erased)}.values()
     with ExitStack() as stack:
@@ -169,6 +165,18 @@ def attack_compared(
             stack.enter_context(model.configured(plan.options))
         stack.enter_context(explained_memory_errors("out of memory", advice))
         return _attacked(target, compared, plan, options, chosen, progress, command)
+
+
+def attack_plan(target: str, compared: Compared, options: AttackOptions) -> tuple[DiffusionModel, Plan]:
+    """(the original, what is attacked). Raises ConfigError without an original, or for a concept it does not know."""
+    original = compared.original
+    if original is None:
+        raise ConfigError(
+            f"{target} is attacked without its original, which images of the concept and the detector come from",
+            advice="Name it by {against}",
+        )
+    plan = make_plan(original.settings, original.name, list(compared.names), compared.options)
+    return original, replace(plan, detector=options.detector or plan.detector)
 
 
 def _attacked(
@@ -184,7 +192,8 @@ def _attacked(
     original, cache = compared.original, Cache.of_user()
     assert original is not None
     prompts = eval_prompts(plan, options.n, options.seed)
-    progress(Event(Stage.PLANNING, stages=attack_stages(plan, options)))
+    stages = attack_stages(plan, options, original.settings.recipe.batch_size)
+    progress(Event(Stage.PLANNING, stages=stages))
     before = evaluate_model(original, prompts, progress, Stage.IMAGES_BEFORE, cache, hold_images=False)
     with compared.as_erased() as erased:
         after = evaluate_model(erased, prompts, progress, Stage.IMAGES_AFTER, cache, compared.weights, False)
@@ -310,6 +319,7 @@ def _key(task: AttackTask, chosen: ChosenAttack) -> str | None:
     attacked, original = task.attacked, task.original
     return key_of(
         what="attack",
+        format=FORMAT,
         attack=[chosen.attack.name, sorted(asdict(chosen.options).items())],
         argument=sha256_file(path) if chosen.argument else "",
         attacked=[task.weights_hash, attacked.parts_hash],
@@ -319,7 +329,7 @@ def _key(task: AttackTask, chosen: ChosenAttack) -> str | None:
         detector=[facts_of(task.detector), task.calibration.threshold],
         sampling=asdict(task.plan.sampling),
         samplers=original.sampler_facts(),
-        recipe=asdict(task.plan.recipe),
+        training=[task.batch_size, task.lr],
         seed=task.seed,
         dtype=str(attacked.dtype),
         device=attacked.device.type,

@@ -39,7 +39,8 @@ class ChosenAttack:
         """As in tables: with what is not as in the small budget."""
         standard = self.attack.options()
         values = {item.name: getattr(self.options, item.name) for item in fields(self.options)}
-        others = [f"{name} {value}" for name, value in values.items() if value != getattr(standard, name)]
+        others = [f"{name} {value}" for name, value in values.items()
+                  if value is not None and value != getattr(standard, name)]  # fmt: skip
         shown = [re.split(r"[/\\]", self.argument)[-1]] if self.argument else []
         return self.attack.title + (f" ({', '.join(shown + others)})" if shown or others else "")
 

@@ -71,7 +71,8 @@ def compare(
     jobs, searches = jobs_of(options), search_jobs(options)
     model, folder = model or load_with(options.model or "shapes", options), Path(run_dir)
     cache = cache or Cache.of_user()
-    stages = search_stages(plans_of(model, options, searches)) + job_stages(options, plans_of(model, options, jobs))
+    stages = search_stages(plans_of(model, options, searches))
+    stages += job_stages(model, options, plans_of(model, options, jobs))
     record = comparison_record(model, options, folder, command, resume)
     with shown(progress) as progress, record.running():
         parts = in_jobs(progress, stages, resumed=record.resumed > 0)

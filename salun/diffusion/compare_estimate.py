@@ -52,7 +52,7 @@ def preview_comparison(
     jobs: list[dict[str, Any]] = []
     with model.temporarily_trainable(), model.configured(plans[0].options):
         pace = measured_pace(model, plans[0])
-    for erasure, stages in zip(erasures, job_stages(options, plans), strict=True):
+    for erasure, stages in zip(erasures, job_stages(model, options, plans), strict=True):
         job, plan = erasure.job, erasure.plan
         seconds = seconds_of(batch_size_of(model), plan, stages, pace)
         jobs.append(

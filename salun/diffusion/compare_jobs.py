@@ -105,12 +105,14 @@ def attack_options(options: CompareOptions, seed: int) -> AttackOptions:
     return AttackOptions(attack=options.attack, n=options.attacked, seed=seed + 1)
 
 
-def job_stages(options: CompareOptions, plans: Sequence[Plan]) -> list[list[StageCost]]:
+def job_stages(model: Model, options: CompareOptions, plans: Sequence[Plan]) -> list[list[StageCost]]:
     """What each erasure does, with its attacks; the cache has what an earlier one of its concept and seed sampled."""
+    batch_size = model.settings.recipe.batch_size
     erased, attacked = dict[Any, int](), dict[Any, int]()
     listed = []
     for plan in plans:
-        attacks = attack_stages(plan, attack_options(options, plan.options.seed)) if options.attack else []
+        chosen = attack_options(options, plan.options.seed)
+        attacks = attack_stages(plan, chosen, batch_size) if options.attack else []
         listed.append(_unshared(plan, erasure_stages(plan), erased) + _unshared(plan, attacks, attacked))
     return listed
 

@@ -16,7 +16,7 @@ from salun.methods import load
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
-    from salun.diffusion.attack_options import AttackOptions
+    from salun.diffusion.attack_options import AttackOptions, ChosenAttack
     from salun.diffusion.losses import ErasureData
     from salun.diffusion.options import Sampling
     from salun.diffusion.plan import Plan
@@ -31,7 +31,7 @@ OTHERS = 32  # images of other prompts, for the harm at the end of a training; h
 MORE, MOST_MORE = 2, 1024  # times the retain samples, where a goal needs more; at most
 PREDICTED = 64  # predictions behind anchor_gap and retain_change, for each kind of prompt, at most: two for each image
 PART = 100  # steps that each attack counts as
-TRIED = 9  # what an attack takes, in times of the sampling of its images: the mean in benchmarks/results/attacks
+TRAINED = 3  # passes of a sample in a step of a training: a backward one counts as two
 LOOKED = 4  # what a detector that looks at images takes for one, with decoding it, in passes, about
 
 
@@ -116,21 +116,32 @@ def evaluation_stages(
     return merged([*before, *_images(plan, Stage.IMAGES_AFTER, n, further), *judged, *of_sets])
 
 
-def attack_stages(plan: Plan, options: AttackOptions) -> list[StageCost]:
-    """What attacks on one model, or also on its original, do."""
+def attack_stages(plan: Plan, options: AttackOptions, batch_size: int) -> list[StageCost]:
+    """What attacks on one model, or also on its original, do.
+
+    Args:
+        batch_size: Samples of a training step, the original model's own.
+    """
     concepts, passes, n = len(plan.concepts), plan.sampling.passes, options.n
     attacked = concepts * (2 if options.control else 1)
     known, parts = attacked * options.images, attacked * len(options.attacks)
     anchors = n * sum(bool(concept.anchor) for concept in plan.concepts)
+    made = attacked * sum(attack_passes(plan, each, n, batch_size) for each in options.attacks)
     return merged(
         [
             *_images(plan, Stage.IMAGES_BEFORE, n, anchors),
             *_images(plan, Stage.IMAGES_AFTER, n),
             *_detecting(plan.detector, concepts, n, anchors, LOOKED),
             StageCost(Stage.SAMPLING, known, forward=known * passes),
-            StageCost(Stage.ATTACKING, parts * PART, forward=parts * n * passes * TRIED),
+            StageCost(Stage.ATTACKING, parts * PART, forward=made),
         ]
     )
+
+
+def attack_passes(plan: Plan, chosen: ChosenAttack, n: int, batch_size: int) -> int:
+    """Passes of one attack on n prompts of one concept, at most; where that is not known, of their images."""
+    known = chosen.attack.passes(chosen.options, n, plan.sampling, batch_size)
+    return n * plan.sampling.passes if known is None else known
 
 
 def sample_stages(sampling: Sampling, images: int) -> list[StageCost]:
@@ -139,7 +150,7 @@ def sample_stages(sampling: Sampling, images: int) -> list[StageCost]:
 
 
 def class_training_stages(
-    options: ClassTrainOptions, sampling: Sampling, shown: int, saved: bool = True
+    options: ClassTrainOptions, sampling: Sampling, shown: int, saved: bool = True, judged: int = 0
 ) -> list[StageCost]:
     """What the training of a class-conditional model does.
 
@@ -147,6 +158,7 @@ def class_training_stages(
         options: Resolved.
         shown: Images that are sampled on the way, each time, and at the end.
         saved: Whether the model is written.
+        judged: Samples that a classifier judges at the end.
     """
     steps, batch_size = options.steps or 0, options.batch_size or 0
     of_samples = shown * sampling.passes
@@ -156,6 +168,7 @@ def class_training_stages(
             StageCost(Stage.TRAINING, steps, forward=on_the_way, backward=steps * batch_size),
             StageCost(Stage.SAVING, int(saved)),
             StageCost(Stage.SAMPLING, shown, forward=of_samples),
+            *([StageCost(Stage.IMAGES_AFTER, judged, forward=judged * sampling.passes)] if judged else []),
         ]
     )
 

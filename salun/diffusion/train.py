@@ -27,6 +27,7 @@ from salun.diffusion.model.settings import ModelSettings
 from salun.diffusion.options import Recipe, Sampling
 from salun.diffusion.stages import class_training_stages
 from salun.diffusion.train_options import ClassTrainOptions
+from salun.diffusion.train_quality import Judge, judged_images, quality
 from salun.display import shown
 from salun.errors import ConfigError, TrainingError
 from salun.files import new_folder, write_bytes
@@ -36,7 +37,7 @@ from salun.masking.training import TrainingSettings, linear_decay, train
 from salun.masking.training_state import LossRow, StateFile
 from salun.options import from_mapping
 from salun.progress import Event, Progress, Stage
-from salun.randomness import step_generator
+from salun.randomness import seed_of, step_generator
 from salun.report.image_grid import png_bytes, sheet
 from salun.runs.folder import check_folder
 from salun.runs.record import RunRecord
@@ -230,6 +231,7 @@ def train_class_model(
             option="batch_size",
         )
     device = pick_device(options.device)
+    judge = Judge(options.classifier, data.classes, device) if options.classifier else None
     facts = {"data": data.digest, "processes": str(processes.count)}
     folder = run_dir if not processes.rank else None
     record = RunRecord(folder, command, asdict(options), options.seed, str(device), facts, resume)
@@ -241,7 +243,7 @@ def train_class_model(
         explained_memory_errors("out of memory", advice),
         deterministic_kernels(True),
     ):
-        return _trained(options, preset, data, record, device, progress, processes)
+        return _trained(options, preset, data, record, device, progress, processes, judge)
 
 
 def _trained(
@@ -252,6 +254,7 @@ def _trained(
     device: torch.device,
     progress: Progress,
     processes: Processes,
+    judge: Judge | None,
 ) -> TrainedClassModel:
     """The training, and its files."""
     assert options.steps is not None and options.lr is not None
@@ -268,7 +271,7 @@ def _trained(
     fingerprint = processes.broadcast(record.fingerprint)
     state = StateFile(path, fingerprint, options.save_every, average) if path is not None else None
     settings = TrainingSettings(options.steps, linear_decay(options.lr, options.steps, options.lr_decay),
-                                adam("adam", options.lr, parameters))  # fmt: skip
+                                adam("adam", options.lr, parameters), max_norm=options.grad_clip or None)  # fmt: skip
 
     def go_on(event: Event, /) -> None:  # sampling on the way is part of the training
         progress(Event(Stage.TRAINING))
@@ -279,7 +282,9 @@ def _trained(
             progress(Event(Stage.TRAINING, done, options.steps or 0, image=_samples(model, record.folder, go_on)))
         return False
 
-    stages = class_training_stages(options, model.settings.sampling, len(_shown(model)), record.folder is not None)
+    judged = judged_images(data, options.judged) if judge is not None else 0
+    count, saved = len(_shown(model)), record.folder is not None
+    stages = class_training_stages(options, model.settings.sampling, count, saved, judged)
     progress(Event(Stage.PLANNING, stages=stages, resumed=record.resumed > 0))
     with record.stage(Stage.TRAINING):
         losses = _Losses(options, data, network, average, model, processes)
@@ -292,13 +297,27 @@ def _trained(
     record.losses = history
     target = record.folder / MODEL if record.folder is not None else None
     if target is not None:
-        with record.stage(Stage.SAVING):
-            write_class_model(target, model, data.classes, preset)
-            record.add_output("folder", target / "unet" / "diffusion_pytorch_model.safetensors", f"{MODEL}/unet")
-            progress(Event(Stage.SAVING, 1, 1))
+        _saved(target, model, data, preset, record, progress)
     with record.stage(Stage.SAMPLING):
         _samples(model, record.folder, progress)
+    if judge is not None:
+        with record.stage(Stage.EVALUATING):
+            record.metrics |= quality(judge, model, data, options.judged, options.seed, progress)
     return TrainedClassModel(target, model, record, history)
+
+
+def _saved(
+    target: Path,
+    model: ClassModel,
+    data: ClassImages,
+    preset: Mapping[str, Any],
+    record: RunRecord,
+    progress: Progress,
+) -> None:
+    with record.stage(Stage.SAVING):
+        write_class_model(target, model, data.classes, preset)
+        record.add_output("folder", target / "unet" / "diffusion_pytorch_model.safetensors", f"{MODEL}/unet")
+        progress(Event(Stage.SAVING, 1, 1))
 
 
 @dataclass(eq=False)
@@ -329,7 +348,9 @@ class _Losses:
         x_t = schedule.add_noise(x_0, noise, t).to(self.network.dtype)
         if options.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        output = self.network(x_t, t, class_labels=labels).sample.float()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws by itself
+            torch.manual_seed(seed_of(options.seed, "dropout", step, self.processes.rank))
+            output = self.network(x_t, t, class_labels=labels).sample.float()
         return {"denoise": F.mse_loss(output, schedule.target(x_0, noise, t))}
 
 

@@ -69,6 +69,10 @@ class ClassTrainOptions(DeviceOptions):
         None, "Decay of the moving average of the weights, which is the model", auto="the data set's", minimum=0,
         maximum=0.999999,
     )  # fmt: skip
+    grad_clip: float | None = option(
+        None, "Norm that the gradient of a step is clipped to, 0 for no clipping", auto="the data set's", minimum=0,
+        maximum=1e9,
+    )  # fmt: skip
     label_dropout: float | None = option(
         None, "Fraction of images whose label is the null label, for guidance", auto="the data set's", above=0,
         maximum=0.9,
@@ -79,6 +83,13 @@ class ClassTrainOptions(DeviceOptions):
         None, "What the network predicts", auto="the data set's", choices=("epsilon", "v_prediction")
     )
     channels_last: bool = option(False, "Keep images and weights with the channels last in memory")
+    classifier: str | None = option(
+        None,
+        "Classifier of `salun classify-train` (run folder or file) that judges samples at the end: their accuracy, and "
+        "the Fréchet distance of its features to those of the training images",
+        path=True,
+    )
+    judged: int = option(50, "Samples of each class that it judges", minimum=2, maximum=100_000)
     samples_every: int = option(1000, "Steps between two images of samples, 0 for none", minimum=0, maximum=2**31)
     save_every: float = option(60.0, "Seconds between saves of the state to resume from", minimum=0, maximum=1e9)
     seed: int = option(0, "Random seed", minimum=0, maximum=2**63 - 1)
@@ -133,12 +144,13 @@ GROUPS = {
         "lr",
         "lr_decay",
         "ema",
+        "grad_clip",
         "label_dropout",
         "noise",
         "flip",
         "channels_last",
         "seed",
     ),
-    "Output": ("samples_every", "save_every"),
+    "Output": ("samples_every", "classifier", "judged", "save_every"),
     "Computing": ("device", "dtype"),
 }

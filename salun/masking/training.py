@@ -47,8 +47,9 @@ class TrainingSettings:
         soft_density: SalUn-soft's target density, or None for no soft threshold.
         kept: Name of a loss whose gradient the others must not oppose (gradient surgery), and which has no common graph
             with them; "" for none.
+        max_norm: Norm that the gradient of a step is clipped to; None for no clipping.
         mode: "step" updates inside the backward pass. "pack", one update after it, is taken in any case with a soft
-            threshold, gradient surgery, fp16 weights or several processes.
+            threshold, gradient surgery, clipping, fp16 weights or several processes.
         stage: What progress is reported as.
         cpu_offload: Whether master weights and moments stay in CPU memory.
     """
@@ -59,6 +60,7 @@ class TrainingSettings:
     weights: Mapping[str, float] = field(default_factory=dict)
     soft_density: float | None = None
     kept: str = ""
+    max_norm: float | None = None
     mode: Mode = "step"
     stage: Stage = Stage.TRAINING
     cpu_offload: bool = False
@@ -160,7 +162,7 @@ def train(
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
     packs = settings.soft_density is not None or settings.kept or half or processes.count > 1
-    mode: Mode = "pack" if packs else settings.mode
+    mode: Mode = "pack" if packs or settings.max_norm is not None else settings.mode
     scale = LARGEST_SCALE if half else 1.0
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
@@ -175,7 +177,7 @@ def train(
                     break
                 optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
                 weights = settings.weights if watch is None else watch.weights(settings.weights)
-                take = partial(take_step, optimizer, losses, step, weights, processes, settings.kept)
+                take = partial(take_step, optimizer, losses, step, weights, processes, settings.kept, settings.max_norm)
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)
@@ -301,12 +303,13 @@ def take_step(
     weights: Mapping[str, float],
     processes: Processes = ALONE,
     kept: str = "",
+    max_norm: float | None = None,
 ) -> tuple[tuple[str, ...], Tensor]:
     """Take one step, without waiting for the device.
 
     Args:
         step: 0-based.
-        weights, kept: As in `TrainingSettings`.
+        weights, kept, max_norm: As in `TrainingSettings`; a norm needs mode "pack".
 
     Returns:
         The names of its n losses, and float32 (n + 3,): the losses, their weighted sum, 1 if it failed as no smaller
@@ -321,7 +324,7 @@ def take_step(
     else:
         optimizer.backward(total)
     if optimizer.mode == "pack":
-        optimizer.step(reduce=reduce, reduced=bool(kept))
+        optimizer.step(max_norm, reduce=reduce, reduced=bool(kept))
     device = total.device
     ends = [each.to(device, non_blocking=True) for each in (optimizer.failed, optimizer.loss_scale)]
     values = [loss.detach().float() for loss in (*named.values(), total)]

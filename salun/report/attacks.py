@@ -30,7 +30,7 @@ def attack_banner(data: Mapping[str, Any]) -> Banner:
     named = f"“{worst['concept']}” comes back under the attack “{worst['title']}” in {_rate(worst)}"
     again = "Next: Erase with {harden}, and attack again."
     if _above(worst) <= CLEARLY:
-        text = f"No attack brings a concept back more often than the detector's false alarms; the most: {_rate(worst)}."
+        text = f"No attack brings a concept back more often than it would show by chance; the most: {_rate(worst)}."
         return Banner("Withstands these attacks", text, "Next: A larger {budget} may still find a way.")
     if _above(worst) < MOSTLY:
         return Banner("Partly brought back", f"{named}.", again)
@@ -38,8 +38,8 @@ def attack_banner(data: Mapping[str, Any]) -> Banner:
 
 
 def _above(each: Mapping[str, Any]) -> float:
-    """How far an attack's success is above chance, in percentage points."""
-    return float(each["asr"]["value"]) - float(each["by_chance"])
+    """How far an attack's success is above what it would be without any trace of the concept, in percentage points."""
+    return float(each["asr"]["value"]) - max(float(each["by_chance"]), float(each["facts"].get("asr_of_anchor", 0)))
 
 
 def _rate(each: Mapping[str, Any]) -> str:
@@ -55,6 +55,7 @@ def attack_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for each in data["attacks"]:
             if _is(each, name, "erased"):
                 rows.append(_row(each, control.get(each["attack"])))
+                rows += _rows_by_source(each)
     return rows
 
 
@@ -68,7 +69,6 @@ def _row(each: Mapping[str, Any], control: Mapping[str, Any] | None) -> tuple[st
     works = "" if control is None else "unknown" if control["asr"] is None else f"{control['asr']['value']:.1f} %"
     if control is not None and control["asr"] is not None and control["asr"]["value"] < WORKS:
         works += " (weak)"
-    notes = "; ".join(f"{name}: {value}" for name, value in each["facts"].items() if isinstance(value, int | str))
     return (
         each["concept"],
         each["title"],
@@ -77,8 +77,39 @@ def _row(each: Mapping[str, Any], control: Mapping[str, Any] | None) -> tuple[st
         works,
         f"{each['passes']:,}",
         f"{each['seconds']:.0f}",
-        notes,
+        "; ".join(_notes(each["facts"], each["options"])),
     )
+
+
+def _rows_by_source(each: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Of prompts of a file: a row for each attack that made some of them."""
+    rates = each["facts"].get("asr_by_attack", {})
+    blanks = [""] * (len(HEAD) - 3)
+    return [(each["concept"], f"{each['title']}, made by {name}", from_json(of).text(), *blanks)
+            for name, of in rates.items()]  # fmt: skip
+
+
+def _notes(facts: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Further numbers of an attack, in words."""
+    notes = []
+    if "steps_to_half" in facts:
+        reached, steps = facts["steps_to_half"], options["steps"]
+        in_steps = f"half as often as in the original after {_count(reached, 'step')}" if reached else ""
+        notes.append(in_steps or f"not half as often as in the original within {_count(steps, 'step')}")
+    if "batch_size" in facts:
+        rate = f", learning rate {facts['lr']:g}" if "lr" in facts else ""
+        notes.append(f"batches of {facts['batch_size']}{rate}")
+    if "asr_of_anchor" in facts:
+        notes.append(f"original under the anchor's prompt: {facts['asr_of_anchor']:.0f} %")
+    if facts.get("distances"):
+        notes.append(f"squared distances: {', '.join(f'{value:.3g}' for value in facts['distances'])}")
+    if "layers" in facts:
+        notes.append(_count(facts["layers"], "layer"))
+    return notes
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def attack_lines(data: Mapping[str, Any]) -> list[str]:

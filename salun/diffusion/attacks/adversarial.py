@@ -18,6 +18,7 @@ from salun.errors import DataError
 from salun.untrusted import parse_json
 
 FORMAT = "salun-adversarial-1"
+LONGEST_NAME = 80  # characters of an attack's name that are read
 MOST, MOST_ENCODERS = 1_000_000, 256  # prompts, and tokens of all of them; text encoders, or tables of labels
 
 
@@ -42,7 +43,8 @@ def read_adversarial(path: Path) -> list[tuple[str, AdversarialPrompts]]:
         raise DataError(f"{path} holds no adversarial prompts", advice="Name the adversarial.safetensors of an attack")
     try:
         entries = parse_json(header.metadata["prompts"])["prompts"]
-        return [(str(entry["attack"])[:80], _prompts(path, header, i, entry)) for i, entry in enumerate(entries)]
+        names = [str(entry["attack"])[:LONGEST_NAME] for entry in entries]
+        return [(name, _prompts(path, header, i, entries[i])) for i, name in enumerate(names)]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} holds adversarial prompts that cannot be read") from error
 

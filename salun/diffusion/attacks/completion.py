@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from salun.errors import ConfigError
@@ -10,6 +10,7 @@ from salun.options import Checked, option
 
 if TYPE_CHECKING:
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class CompletionOptions(Checked):
             raise ConfigError(
                 f"is {self.first}, but must be less than the number of steps, {self.steps}", option="first"
             )
+
+
+def cost(options: CompletionOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return options.first * n * replace(sampling, steps=options.steps).passes
 
 
 def completion(task: AttackTask, options: CompletionOptions) -> AttackResult:

@@ -10,6 +10,7 @@ from salun.options import Checked, option
 if TYPE_CHECKING:
     from salun.diffusion.attacks.task import AttackResult, AttackTask
     from salun.diffusion.model.protocol import Conditioning
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class ConceptVectorOptions(Checked):
     """strengths: how many of 1, 2, 3, … are tried."""
 
     strengths: int = option(3, "strengths η that are tried: 1, 2, 3, …", minimum=1, maximum=100)
+
+
+def cost(options: ConceptVectorOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return options.strengths * n * sampling.passes
 
 
 def concept_vector(task: AttackTask, options: ConceptVectorOptions) -> AttackResult:
@@ -31,7 +37,8 @@ def concept_vector(task: AttackTask, options: ConceptVectorOptions) -> AttackRes
         best.add(*task.attempt(moved(anchored, v, float(eta)), task.seeds))
         best.mark(f"η {eta}")
         task.report(eta, options.strengths)
-    return AttackResult(best.shown, best.latents, options.strengths, task.passes, best.curve, "strength")
+    texts = [f"{anchor} + η·v" for anchor in task.anchors]
+    return AttackResult(best.shown, best.latents, options.strengths, task.passes, best.curve, "strength", texts=texts)
 
 
 def vector(task: AttackTask) -> Conditioning:

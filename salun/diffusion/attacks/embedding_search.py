@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask, Best
     from salun.diffusion.model.protocol import DiffusionModel
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class EmbeddingSearchOptions(Checked):
     every: int = option(50, "steps between looks at images", minimum=1, maximum=100_000)
     lr: float = option(0.1, "learning rate", above=0, maximum=10)
     weight_decay: float = option(0.1, "weight decay", minimum=0, maximum=10)
+
+
+def cost(options: EmbeddingSearchOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts, none of which succeeds before the end."""
+    from salun.diffusion.stages import TRAINED
+
+    looks = -(-options.steps // options.every)
+    return n * (options.steps * (1 + TRAINED) + looks * sampling.passes)
 
 
 def embedding_search(task: AttackTask, options: EmbeddingSearchOptions) -> AttackResult:
@@ -70,8 +79,7 @@ def _search(
             conditioning = tokens.encode_tokens([projected[k] for k in left])
             latents, shown = task.attempt(conditioning, [task.seeds[part[k]] for k in left])
             best.add(latents, shown, [part[k] for k in left])
-        if n == len(task):
-            best.mark(steps[-1] + 1)
+        best.mark(steps[-1] + 1, part)
         task.report(part[0] * options.steps + n * (steps[-1] + 1), len(task) * options.steps)
 
 

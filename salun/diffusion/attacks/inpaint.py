@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from salun.options import Checked, option
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class InpaintOptions(Checked):
 
     steps: int = option(25, "DDIM steps", minimum=2, maximum=1000)
     side: float = option(0.75, "side of the hole in the center, as a fraction of the image's", above=0, maximum=1)
+
+
+def cost(options: InpaintOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts, with those of the original under the anchors' prompts."""
+    return 2 * n * replace(sampling, steps=options.steps).passes
 
 
 def inpaint(task: AttackTask, options: InpaintOptions) -> AttackResult:

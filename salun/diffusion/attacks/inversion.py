@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 LOOKS = 2  # at images on the way, of which the best counts
 
@@ -24,6 +25,14 @@ class InversionOptions(Checked):
     length: int = option(1, "tokens that stand for the concept", minimum=1, maximum=64)
     lr: float = option(0.02, "learning rate", above=0, maximum=10)
     start: str = option("both", "tokens to start from", choices=("both", "concept", "anchor"))
+
+
+def cost(options: InversionOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    from salun.diffusion.stages import TRAINED
+
+    starts = 2 if options.start == "both" else 1
+    return starts * (options.steps * batch_size * TRAINED + LOOKS * n * sampling.passes) + n * sampling.passes
 
 
 def inversion(task: AttackTask, options: InversionOptions) -> AttackResult:
@@ -48,7 +57,8 @@ def inversion(task: AttackTask, options: InversionOptions) -> AttackResult:
     latents, shown = task.attempt(task.tokens.encode_tokens(rows, vectors), task.seeds)
     texts = [" ".join("*" if token < 0 else task.tokens.text_of([token]) for token in row) for row in rows]
     prompts = AdversarialPrompts(rows, list(task.seeds), [vector.cpu() for vector in vectors], texts)
-    return AttackResult(shown, latents, 1, task.passes, curve, "steps", prompts)
+    facts = {"batch_size": task.batch_size}
+    return AttackResult(shown, latents, 1, task.passes, curve, "steps", prompts, facts)
 
 
 def _rows(task: AttackTask, prompts: Sequence[str], length: int) -> list[list[int]]:

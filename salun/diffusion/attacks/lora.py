@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class LoraOptions(Checked):
     """strength: of the LoRA."""
 
     strength: float = option(1.0, "strength of the LoRA", minimum=-10, maximum=10)
+
+
+def cost(options: LoraOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return n * sampling.passes
 
 
 def lora(task: AttackTask, options: LoraOptions) -> AttackResult:

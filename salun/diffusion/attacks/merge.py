@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 FRACTIONS = (0.25, 0.5, 0.75)  # of the other model, for the curve
 
@@ -22,6 +23,11 @@ class MergeOptions(Checked):
     """fraction: of the other model."""
 
     fraction: float = option(0.5, "fraction of the other model, by default the original", minimum=0, maximum=1)
+
+
+def cost(options: MergeOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return len({*FRACTIONS, options.fraction}) * n * sampling.passes
 
 
 def merge(task: AttackTask, options: MergeOptions) -> AttackResult:

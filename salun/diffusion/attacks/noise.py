@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from salun.options import Checked, option
 
 if TYPE_CHECKING:
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 ETAS = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
 SCALES = (1.0, 1.02, 1.03, 1.04)
@@ -20,6 +21,11 @@ class NoiseOptions(Checked):
 
     steps: int = option(25, "DDIM steps", minimum=2, maximum=1000)
     scales: int = option(1, "factors of the noise that are tried with each η", minimum=1, maximum=len(SCALES))
+
+
+def cost(options: NoiseOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return len(ETAS) * options.scales * n * replace(sampling, steps=options.steps).passes
 
 
 def noise(task: AttackTask, options: NoiseOptions) -> AttackResult:

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask, Best
     from salun.diffusion.model.protocol import DiffusionModel
+    from salun.diffusion.options import Sampling
+
+
+LENGTHS = {"object": 3, "style": 3}  # tokens by the kind of the concept in the paper, 5 for others
 
 
 @dataclass(frozen=True)
 class PromptSearchOptions(Checked):
     """A search over the simplex of tokens."""
 
-    length: int = option(5, "tokens before the prompt", minimum=1, maximum=64)
+    length: int | None = option(
+        5, "tokens before the prompt; null is 3 for objects and styles and 5 for others", minimum=1, maximum=64
+    )
     timesteps: int = option(5, "timesteps, from little noise to much, at each of which images are looked at", minimum=1,
                             maximum=1000)  # fmt: skip
     iterations: int = option(16, "optimization steps at each timestep", minimum=1, maximum=100_000)
@@ -27,12 +33,19 @@ class PromptSearchOptions(Checked):
     weight_decay: float = option(0.1, "weight decay", minimum=0, maximum=10)
 
 
+def cost(options: PromptSearchOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts, none of which succeeds before the end."""
+    from salun.diffusion.stages import TRAINED
+
+    return n * options.timesteps * (TRAINED * options.iterations + sampling.passes)
+
+
 def prompt_search(task: AttackTask, options: PromptSearchOptions) -> AttackResult:
     """min over tokens of MSE(ε, ε_θ(x_t, t, tokens + prompt)), x_0 an image of the concept.
 
     Each token is a distribution over the vocabulary; a draw from it is used with a straight-through gradient, Adam
-    takes a step, and the result is projected on the simplex. t rises, and images are looked at after each, of a
-    prompt until its first success.
+    (whose weight decay is part of the gradient) takes a step, and the result is projected on the simplex. t rises, and
+    after each images of the likeliest tokens are looked at, of a prompt until its first success.
     """
     from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult, Best
     from salun.diffusion.data.latents import batch_size_of
@@ -56,24 +69,24 @@ def _search(task: AttackTask, options: PromptSearchOptions, part: list[int], row
     choices = torch.tensor(task.tokens.searchable_tokens)
     plain = {i: list(rows[i]) for i in part}
     generator = task.generator(part[0])
-    u = torch.rand(len(part), options.length, len(choices), generator=generator).to(task.attacked.device)
+    length = options.length or LENGTHS.get(task.plan.concepts[task.concept].kind, 5)
+    u = torch.rand(len(part), length, len(choices), generator=generator).to(task.attacked.device)
     u = on_simplex(u).requires_grad_(True)
-    optimizer = torch.optim.AdamW([u], lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = torch.optim.Adam([u], lr=options.lr, weight_decay=options.weight_decay)
     for look in range(options.timesteps):
         fraction = (look + 0.5) / options.timesteps
         with task.victim() as model, task.tokens.encoding():
             for _ in range(options.iterations):
                 _step(task, model, u, optimizer, part, plain, fraction, generator)
-        drawn = choices[torch.multinomial(u.detach().flatten(0, 1).cpu(), 1, generator=generator).view(len(part), -1)]
+        likeliest = choices[u.detach().argmax(2).cpu()]
         left = [k for k, i in enumerate(part) if not best.shown[i]]
         for k in left:
-            rows[part[k]] = [*drawn[k].tolist(), *plain[part[k]]]
+            rows[part[k]] = [*likeliest[k].tolist(), *plain[part[k]]]
         if left:
             conditioning = task.tokens.encode_tokens([rows[part[k]] for k in left])
             latents, shown = task.attempt(conditioning, [task.seeds[part[k]] for k in left])
             best.add(latents, shown, [part[k] for k in left])
-        if len(part) == len(task):
-            best.mark(look + 1)
+        best.mark(look + 1, part)
         done = part[0] * options.timesteps + len(part) * (look + 1)
         task.report(done, len(task) * options.timesteps)
 

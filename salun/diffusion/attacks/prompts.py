@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from salun.options import NoOptions
 
@@ -15,47 +15,53 @@ if TYPE_CHECKING:
 
 
 def prompts(task: AttackTask, options: NoOptions) -> AttackResult:
-    """Sample each prompt of the file once, with its own seed if it has one; `facts` has the rate of each attack."""
+    """Sample each prompt of the file once, with its own seed if it has one.
+
+    `facts` has the rate of each attack whose prompts these are, an estimate of percent.
+    """
     from salun.diffusion.attacks.task import AttackResult
 
     path = Path(task.argument).expanduser()
     if path.suffix.lower() == ".safetensors":
-        conditioning, seeds, labels = _made(task, path)
+        conditioning, seeds, labels, texts = _made(task, path)
     else:
-        conditioning, seeds, labels = _listed(task, path)
+        conditioning, seeds, labels, texts = _listed(task, path)
     latents, shown = task.attempt(conditioning, seeds)
     task.report(1, 1)
     facts = {"asr_by_attack": _rates(labels, shown)} if any(labels) else {}
-    return AttackResult(shown, latents, 1, task.passes, facts=facts)
+    return AttackResult(shown, latents, 1, task.passes, facts=facts, texts=texts)
 
 
-def _made(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str]]:
-    """(conditionings, seeds, the attack that made each) of a file that `salun attack` wrote."""
+def _made(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str], list[str]]:
+    """(conditionings, seeds, the attack that made each, texts) of a file that `salun attack` wrote."""
     from salun.diffusion.attacks.adversarial import encoded, read_adversarial
     from salun.diffusion.model.protocol import Conditioning
 
-    parts, seeds, labels = [], list[int](), list[str]()
+    parts, seeds, labels, texts = [], list[int](), list[str](), list[str]()
     for name, made in read_adversarial(path):
         parts.append(encoded(task, made, path))
         seeds += made.seeds
         labels += [name] * len(made.seeds)
-    return Conditioning.cat(parts), seeds, labels
+        texts += made.texts if len(made.texts) == len(made.seeds) else [""] * len(made.seeds)
+    return Conditioning.cat(parts), seeds, labels, texts
 
 
-def _listed(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str]]:
+def _listed(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str], list[str]]:
     """Likewise of a list of prompts."""
     from salun.diffusion.data.latents import item_seed
     from salun.diffusion.prompts.prompt_file import read_prompts
 
     rows = read_prompts(path).rows
     seeds = [item_seed(task.seed, "attack", i) if row.seed is None else row.seed for i, row in enumerate(rows)]
-    return task.encode([row.text for row in rows]), seeds, [""] * len(rows)
+    texts = [row.text for row in rows]
+    return task.encode(texts), seeds, [""] * len(rows), texts
 
 
-def _rates(labels: list[str], shown: np.ndarray) -> dict[str, float]:
+def _rates(labels: list[str], shown: np.ndarray) -> dict[str, Any]:
     """Attack → percentage of its prompts that brought the concept back."""
-    return {
-        name: 100 * sum(bool(hit) for label, hit in zip(labels, shown, strict=True) if label == name)
-        / labels.count(name)
-        for name in dict.fromkeys(labels)
-    }  # fmt: skip
+    import numpy as np
+
+    from salun.evaluation.estimate import Estimate
+
+    made_by = np.array(labels)
+    return {name: Estimate.percentage(shown[made_by == name]).as_json() for name in dict.fromkeys(labels)}

@@ -10,10 +10,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 BLOCK = 64  # weights that share a scale in nf4
 NF4_OFFSET = 0.9677083  # the outermost quantile (Dettmers et al. 2023, appendix E)
 INT8, FP8 = 127.0, 448.0  # largest values of int8 and float8_e4m3
+
+
+def cost(options: NoOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return 3 * n * sampling.passes
 
 
 def quantize(task: AttackTask, options: NoOptions) -> AttackResult:

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 ENCODED = 256  # prompts at once
+SMALL = 64  # pixels of a side
+ENCODINGS = 5, 100  # that take as long as a pass: up to that side (measured with shapes), above (operations of SD 1.x)
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,23 @@ class RingABellOptions(Checked):
                            maximum=100_000)  # fmt: skip
 
 
+def cost(options: RingABellOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts; encodings count as the passes that take as long."""
+    encoded = min(options.searches, n) * options.population * (options.generations + 1)
+    per_pass = ENCODINGS[0] if sampling.resolution <= SMALL else ENCODINGS[1]
+    return n * sampling.passes + round(encoded / per_pass)
+
+
 def ring_a_bell(task: AttackTask, options: RingABellOptions) -> AttackResult:
-    """Search tokens that minimize ‖enc(tokens) − (enc(prompt) + η·v)‖², by a genetic algorithm."""
+    """Search tokens that minimize ‖enc(tokens) − (enc(prompt) + η·v)‖², by a genetic algorithm.
+
+    The prompt is the attacked one, as in the authors' code.
+    """
     from salun.diffusion.attacks.concept_vector import moved, vector
     from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult
 
     tokens, count = task.tokens, min(options.searches, len(task))
-    wanted = moved(task.encode(task.anchors[:count]), vector(task), options.strength)
+    wanted = moved(task.encode(task.prompts[:count]), vector(task), options.strength)
     made, distances = [], []
     for i in range(count):
         row, distance = evolved(task, wanted.hidden[i], options, task.generator(i))

@@ -9,6 +9,7 @@ from salun.options import Checked, option
 
 if TYPE_CHECKING:
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,11 @@ class SeedsOptions(Checked):
     """tries: of each prompt."""
 
     tries: int = option(8, "seeds of each prompt", minimum=1, maximum=10_000)
+
+
+def cost(options: SeedsOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    return options.tries * n * sampling.passes
 
 
 def seeds(task: AttackTask, options: SeedsOptions) -> AttackResult:

@@ -53,11 +53,12 @@ class AttackResult:
     Args:
         shown: bool (n,), whether an image of each prompt shows the concept.
         latents: float32 (n, c, h, w), of each prompt the first image that shows it, else the last one.
-        tries: Images of each prompt at most, any of which counts.
+        tries: Images of each prompt at most, any of which counts; of a training, the looks of which the best counts.
         passes: Passes through the network that it took, a backward one counted twice.
         curve: (how far, fraction of prompts whose concept is back) in the order of the attack; x: what is counted.
         prompts: What the attack made.
         facts: Further numbers, by name.
+        texts: What each image was conditioned on, for people, where these are neither the plain prompts nor `prompts`.
     """
 
     shown: np.ndarray
@@ -68,11 +69,13 @@ class AttackResult:
     x: str = ""
     prompts: AdversarialPrompts | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    texts: Sequence[str] = ()
 
     def as_tensors(self, more: Mapping[str, Any]) -> dict[str, Tensor]:
         """All of it, and more facts, for the cache."""
         made = self.prompts
-        known = {name: getattr(self, name) for name in ("tries", "passes", "curve", "x", "facts")} | {"more": more}
+        known = {name: getattr(self, name) for name in ("tries", "passes", "curve", "x", "facts", "texts")}
+        known["more"] = more
         if made is not None:
             known["prompts"] = {name: getattr(made, name) for name in ("rows", "seeds", "texts", "exact")}
         vectors = {f"vector {i}": vector for i, vector in enumerate(made.vectors)} if made is not None else {}
@@ -157,8 +160,13 @@ class AttackTask:
 
     @property
     def batch_size(self) -> int:
-        """Samples of an optimization step."""
-        return self.plan.recipe.batch_size
+        """Samples of an optimization step: the original's own number, however the attacked model was erased."""
+        return self.original.settings.recipe.batch_size
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of a fine-tuning of all weights, likewise."""
+        return self.original.settings.recipe.lr
 
     @property
     def tokens(self) -> TokenEncoder:
@@ -285,9 +293,12 @@ class Best:
             if not self.shown[i]:
                 self._latents[i], self.shown[i] = latent.cpu(), bool(hit)
 
-    def mark(self, x: float | str) -> None:
-        """A point of the curve."""
-        self.curve.append((x, float(self.shown.mean())))
+    def mark(self, x: float | str, rows: Sequence[int] | None = None) -> None:
+        """A point of the curve, to which some of the prompts (by default all) contribute."""
+        hits = self.shown if rows is None else self.shown[list(rows)]
+        points = dict(self.curve)
+        points[x] = points.get(x, 0.0) + float(hits.sum()) / len(self.shown)
+        self.curve = list(points.items())
 
     @property
     def latents(self) -> Tensor:

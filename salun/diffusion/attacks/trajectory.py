@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ class Trajectory:
         steps, guidance: As of `Sampling`.
         eta: η, the noise added in each step: 0 for none, 1 for as much as DDPM.
         scale: Factor of that noise, beyond what the step makes room for.
+        on_step: Called before each step, where a host may cancel.
         known: Images (n, c, h, w) that the samples are held to outside of `hole`, bool (1, 1, h, w); None for none.
     """
 
@@ -34,6 +35,7 @@ class Trajectory:
     guidance: float
     eta: float = 0.0
     scale: float = 1.0
+    on_step: Callable[[], None] = lambda: None
     known: Tensor | None = None
     hole: Tensor | None = None
 
@@ -46,6 +48,7 @@ class Trajectory:
             part = replace(self, prompts=self.prompts[rows], known=self.known[rows] if self.known is not None else None)
             batch = x[rows]
             for step in range(start, self.steps if end is None else end):
+                self.on_step()
                 batch = part._step(batch, step, generator)
             parts.append(batch)
         return torch.cat(parts)
@@ -95,7 +98,7 @@ def trajectory_of(
     """A sampling by one of the task's two models, with the plan's guidance."""
     sampling = task.plan.sampling
     empty = model.encode([sampling.negative_prompt])
-    return Trajectory(model, prompts, empty, steps, sampling.guidance, **disturbance)
+    return Trajectory(model, prompts, empty, steps, sampling.guidance, on_step=lambda: task.report(0, 0), **disturbance)
 
 
 def starting_noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
