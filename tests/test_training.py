@@ -76,7 +76,7 @@ def test_a_steps_gradient_is_clipped_to_the_norm(little: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("opposed", [True, False])
-def test_gradient_surgery_takes_out_only_what_opposes_the_kept_loss(little: nn.Module, opposed: bool) -> None:
+def test_gradient_surgery_takes_out_only_what_opposes_the_protected_loss(little: nn.Module, opposed: bool) -> None:
     """PCGrad's projection, over the selected weights alone: the step does not raise the retain loss to first order."""
     parameters, make = dict(little.named_parameters()), lambda p: torch.optim.SGD(p, lr=1.0)
     mask, named = Mask.random(parameters, 0.5, 0), losses(little)(0)
@@ -90,7 +90,7 @@ def test_gradient_surgery_takes_out_only_what_opposes_the_kept_loss(little: nn.M
     assert bool(forget @ retain < 0) == opposed
     projected = forget - (forget @ retain) / (retain @ retain) * retain if opposed else forget
     before = torch.cat([p.detach()[mask.dense(name)] for name, p in parameters.items()])
-    changes = {"steps": 1, "lr": constant(1.0), "optimizer": make, "kept": "retain"}
+    changes = {"steps": 1, "lr": constant(1.0), "optimizer": make, "protected": "retain"}
     trained = train(parameters, mask, lambda step: named, settings(little, **changes))
     torch.testing.assert_close(before - torch.cat([*trained.masters.values()]), projected + 0.5 * retain)
 

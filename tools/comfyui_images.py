@@ -197,7 +197,7 @@ def screenshot(page: Any, left: float | None = None) -> Image.Image:
     page.evaluate(SHOW, [scale, side / scale - x0, top / scale - y0])
     page.mouse.move(side + WIDE / 2, high + top + bottom / 2)  # where it points at nothing
     page.wait_for_timeout(2000)
-    x, y = page.evaluate(PLACE)  # of the canvas, beside and below bars that it does not reach under
+    x, y = page.evaluate(PLACE)  # of the canvas, next to the front end's bars
     page.set_viewport_size({"width": round(x) + WIDE + side + 20, "height": round(y) + high + top + bottom})
     page.wait_for_timeout(2000)
     shown = page.screenshot(clip={"x": x + side, "y": y + top, "width": WIDE, "height": high})

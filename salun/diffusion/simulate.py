@@ -248,8 +248,8 @@ def _training(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak, c
         optimizer = masked_optimizer(model, plan, cached, packs=packs)
         with optimizer:
             optimizer.make_moments()
-            kept = "retain" if plan.options.gradient_surgery else ""
-            take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {}, kept=kept)
+            protected = "retain" if plan.options.gradient_surgery else ""
+            take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {}, protected=protected)
     return memory.peak
 
 

@@ -166,7 +166,7 @@ class ErasureTask:
             adam(options.optimizer, recipe.lr, parameters or self.parameters, options.low_vram),
             weights or {},
             soft_density,
-            kept="retain" if options.gradient_surgery else "",
+            protected="retain" if options.gradient_surgery else "",
             cpu_offload=options.low_vram,
         )
         state = (

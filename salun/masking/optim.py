@@ -214,22 +214,22 @@ class MaskedOptimizer:
             self._update()
             self._end()
 
-    def backward_apart(self, loss: Tensor, kept: Tensor, weight: float, reduce: Reduce | None = None) -> None:
-        """Mode "pack": the gradient of loss + weight · kept, without what in the first opposes that of the kept loss.
+    def backward_apart(self, loss: Tensor, protected: Tensor, weight: float, reduce: Reduce | None = None) -> None:
+        """Mode "pack": the gradient of loss + weight · protected, without what in the first opposes the second's.
 
         Args:
-            loss, kept: Without a common graph.
+            loss, protected: Without a common graph.
             reduce: As in `step`, which then needs none but for `found_inf`.
         """
-        self.backward(kept)
-        of_kept = self._gradients()
-        for name in of_kept:
+        self.backward(protected)
+        of_protected = self._gradients()
+        for name in of_protected:
             self.packed[name].master.grad = None
         self.backward(loss)
         gradients = self._gradients()
         if reduce is not None:
-            reduce([*of_kept.values(), *gradients.values()])
-        add_without_conflict(gradients, of_kept, weight)
+            reduce([*of_protected.values(), *gradients.values()])
+        add_without_conflict(gradients, of_protected, weight)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Name → packed gradient, where there is one, complete."""

@@ -45,8 +45,8 @@ class TrainingSettings:
         optimizer: Makes the optimizer of the selected weights.
         weights: Factor of a named loss in the sum that is minimized; 1 for a loss that is not named here.
         soft_density: SalUn-soft's target density, or None for no soft threshold.
-        kept: Name of a loss whose gradient the others must not oppose (gradient surgery), and which has no common graph
-            with them; "" for none.
+        protected: Name of a loss whose gradient the others must not oppose (gradient surgery), and which has no common
+            graph with them; "" for none.
         max_norm: Norm that the gradient of a step is clipped to; None for no clipping.
         mode: "step" updates inside the backward pass. "pack", one update after it, is taken in any case with a soft
             threshold, gradient surgery, clipping, fp16 weights or several processes.
@@ -59,7 +59,7 @@ class TrainingSettings:
     optimizer: MakeOptimizer
     weights: Mapping[str, float] = field(default_factory=dict)
     soft_density: float | None = None
-    kept: str = ""
+    protected: str = ""
     max_norm: float | None = None
     mode: Mode = "step"
     stage: Stage = Stage.TRAINING
@@ -161,7 +161,7 @@ def train(
         Cancelled: From `progress`; the state is saved before.
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    packs = settings.soft_density is not None or settings.kept or half or processes.count > 1
+    packs = settings.soft_density is not None or settings.protected or half or processes.count > 1
     mode: Mode = "pack" if packs or settings.max_norm is not None else settings.mode
     scale = LARGEST_SCALE if half else 1.0
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
@@ -177,7 +177,9 @@ def train(
                     break
                 optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
                 weights = settings.weights if watch is None else watch.weights(settings.weights)
-                take = partial(take_step, optimizer, losses, step, weights, processes, settings.kept, settings.max_norm)
+                take = partial(
+                    take_step, optimizer, losses, step, weights, processes, settings.protected, settings.max_norm
+                )
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)
@@ -302,14 +304,14 @@ def take_step(
     step: int,
     weights: Mapping[str, float],
     processes: Processes = ALONE,
-    kept: str = "",
+    protected: str = "",
     max_norm: float | None = None,
 ) -> tuple[tuple[str, ...], Tensor]:
     """Take one step, without waiting for the device.
 
     Args:
         step: 0-based.
-        weights, kept, max_norm: As in `TrainingSettings`; a norm needs mode "pack".
+        weights, protected, max_norm: As in `TrainingSettings`; a norm needs mode "pack".
 
     Returns:
         The names of its n losses, and float32 (n + 3,): the losses, their weighted sum, 1 if it failed as no smaller
@@ -318,13 +320,13 @@ def take_step(
     named = losses(step)
     total = weighted_sum(named, weights)
     reduce = processes.average if processes.count > 1 else None
-    if kept:
-        others = {name: loss for name, loss in named.items() if name != kept}
-        optimizer.backward_apart(weighted_sum(others, weights), named[kept], weights.get(kept, 1.0), reduce)
+    if protected:
+        others = {name: loss for name, loss in named.items() if name != protected}
+        optimizer.backward_apart(weighted_sum(others, weights), named[protected], weights.get(protected, 1.0), reduce)
     else:
         optimizer.backward(total)
     if optimizer.mode == "pack":
-        optimizer.step(max_norm, reduce=reduce, reduced=bool(kept))
+        optimizer.step(max_norm, reduce=reduce, reduced=bool(protected))
     device = total.device
     ends = [each.to(device, non_blocking=True) for each in (optimizer.failed, optimizer.loss_scale)]
     values = [loss.detach().float() for loss in (*named.values(), total)]
