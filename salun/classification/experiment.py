@@ -32,7 +32,7 @@ from salun.classification.options import TrainOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
-from salun.classification.splits import Split, make_split, remarks, with_forget
+from salun.classification.splits import Split, check_retained_test_rows, make_split, remarks, with_forget
 from salun.classification.stages import training_stages, unlearning_stages
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
@@ -105,6 +105,7 @@ def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageDat
     data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     split = with_forget(split, data, forget_of(options, data), options.seed)
+    check_retained_test_rows(split, data)
     given = None
     if options.original is not None:
         given = given_original(options.original, data, split, options.allow_pickle)

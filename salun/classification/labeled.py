@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class ImageData:
 
     images: uint8 (n, c, h, w). labels: int64 (n,). classes: names by label. own_test, own_validation: rows of the data
     set's own test and validation part, None where it has none. preset: mean, std, augment, model and train, from
-    `datasets.yaml`. notes: what a user should know about how the data was read.
+    `datasets.yaml`. notes: what a user should know about how the data was read. names: of each row's image in messages,
+    () where images have none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ImageData:
     own_validation: Tensor | None = None
     preset: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -62,6 +65,10 @@ class ImageData:
         for tensor in (self.images, self.labels):
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+    def image_name(self, row: int) -> str:
+        """A row's image in messages: its file without the folder, or the row's number."""
+        return Path(self.names[row]).name if self.names else f"row {row}"
 
     def to(self, device: torch.device) -> ImageData:
         """The same data on a device. Rows may be given on any device."""
@@ -133,7 +140,8 @@ def assembled(
     given_parts = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
     lines = (*notes, *(f"{name}: {line}" for line in (*alike(classes), *traits)))
-    return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines)
+    names = tuple(sample.name for sample in samples)
+    return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines, names=names)
 
 
 def alike(classes: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from salun.classification.experiment import setup_of, training_of
 from salun.classification.models import new_model, normalize_for
 from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.originals import key_of_training
-from salun.classification.splits import Split, repeated
+from salun.classification.splits import Split, remarks
 from salun.classification.stages import LATER, comparison_stages, passes_of
 from salun.classification.task import Task, cross_entropy, minimize, retain_batches
 from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
@@ -31,7 +31,7 @@ def preview_training(
     full, data, split = training_of(options)
     pace = _seconds_per_image(full, data, split, progress)
     cached, seconds = _training(full, data, split, cache or Cache.of_user(), Stage.TRAINING, pace)
-    notes = [*data.notes, *repeated(data, split)]
+    notes = [*data.notes, *remarks(data, split)]
     return {**_summary(full, data, split), "notes": notes, "cached": {"original": cached}, "seconds": seconds}
 
 
