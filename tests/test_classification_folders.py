@@ -25,7 +25,7 @@ from salun.classification.hub import _renumbered as renumbered
 from salun.classification.labeled import Sample
 from salun.classification.pretrained import folder_of
 from salun.classification.preview import preview_unlearning
-from salun.classification.splits import make_split, remarks, repeated, with_forget
+from salun.classification.splits import make_split, remarks, with_forget
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import Cancelled, ConfigError, DataError
 from salun.progress import Event
@@ -297,24 +297,35 @@ def test_an_image_above_the_limit_of_pixels_is_refused_by_name(side: int, read: 
             load_data(str(root), image_size=8)
 
 
-def test_more_images_than_memory_holds_are_refused_before_they_are_read(
+def test_more_images_than_memory_and_cache_hold_are_refused_and_large_sets_are_decoded_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first image is gray, a later one is in color: all take three planes."""
     root = small_set(tmp_path / "set", each=5)
-    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 639)
-    with pytest.raises(
-        DataError, match=r"set has 10 images of 8×8 pixels, which take 6\.4e-07 GB in memory; 6\.39e-07 GB"
-    ):
+    image_of(9).convert("RGB").save(root / "dog" / "color.png")
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "2111")
+    for free, size in ((703, "7.04e-07"), (2111, "2.11e-06")):
+        monkeypatch.setattr(pixel_store, "_free_memory", lambda free=free: free)
+        with pytest.raises(DataError, match=rf"set has 11 images of 8×8 pixels, which take {size} GB in memory"):
+            load_data(str(root))
+    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 2112)
+    in_memory = load_data(str(root)).images
+    monkeypatch.setattr(pixel_store, "IN_MEMORY", 0)
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "2112")
+    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 0)
+    assert torch.equal(load_data(str(root)).images, in_memory)
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(pixel_store, "_free_disk", lambda folder: 4223)
+    with pytest.raises(DataError, match="in memory; 0 GB are free"):
         load_data(str(root))
-    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 640)
-    assert len(load_data(str(root)).images) == 10
 
 
 def test_decoded_images_are_stored_and_mapped_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_store, "WORTHWHILE", 0.0)
-    monkeypatch.setattr(pixel_store, "SETTLED", 0.0)
+    for name in ("WORTHWHILE", "SETTLED", "IN_MEMORY"):
+        monkeypatch.setattr(pixel_store, name, 0)
     monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
     root = small_set(tmp_path / "set", each=2)
     image_of(9).convert("RGB").save(root / "dog" / "color.png")
@@ -374,10 +385,11 @@ def test_images_of_several_parts_are_counted(tmp_path: Path) -> None:
     fill(tmp_path / "set" / "test" / "a", 1, 2, 6)
     fill(tmp_path / "set" / "test" / "b", 7)
     data = load_data(str(tmp_path / "set"))
-    notes = repeated(data, with_forget(make_split(data, 0.2, 0.0, 0), data, "class:a", 0))
+    notes = remarks(data, with_forget(make_split(data, 0.2, 0.0, 0), data, "class:a", 0))
     assert notes == [
         "set: 1 images of the forget set are also in the retain set (same pixels)",
         "set: 2 images of the forget set are also in the test set (same pixels)",
+        "set: 2 images have the pixels of an image of another class: 003.png (a), 003.png (b)",
     ]
 
 
