@@ -175,7 +175,7 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                f"{_IN}.bad_teacher:bad_teacher", "full", f"{_IN}.bad_teacher:BadTeacherOptions",
                defaults={"epochs": 5, "lr": 0.01}),
         Method("jit", "JiT", "Foster et al. 2024, arXiv:2402.01401", _C, f"{_IN}.jit:jit",
-               "full", f"{_IN}.jit:JitOptions", defaults={"epochs": 1, "lr": 0.01}),
+               "full", f"{_IN}.jit:JitOptions", defaults={"epochs": 1, "lr": 0.01, "batch_size": 16}),
         Method("delete", "DELETE", "Zhou et al. 2025, arXiv:2503.23751", _C, f"{_IN}.delete:delete",
                "full", defaults={"epochs": 10, "lr": 0.001}),
         Method("unsir", "UNSIR", "Tarun et al. 2021, arXiv:2111.08947", _C, f"{_IN}.unsir:unsir",

@@ -97,7 +97,7 @@ class TaskOptions(TrainOptions):
     epochs: int | None = option(None, "Epochs of unlearning (default: the method's)", minimum=1, maximum=100_000)
     lr: float | None = option(None, "Learning rate of unlearning (default: the method's)", above=0, maximum=10)
     batch_size: int | None = option(
-        None, "Batch size of unlearning (default: the data set's)", minimum=2, maximum=65_536
+        None, "Batch size of unlearning (default: the data set's; JiT: 16)", minimum=2, maximum=65_536
     )
     relearn: int = option(
         0,
