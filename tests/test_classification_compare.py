@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from salun.classification import originals
 from salun.classification.attacks.mia import FEATURES
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setup_of
@@ -27,7 +30,7 @@ from salun.classification.table import difference_lines, interval, lines_of, tab
 from salun.classification.unlearn_options import CompareOptions
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError, TrainingError
-from salun.progress import Event, Stage
+from salun.progress import Event, Stage, silent
 from salun.report import charts
 from salun.report.classification import _comparison_headline, comparison_page, run_page
 from salun.runs.cache import Cache
@@ -464,6 +467,28 @@ def test_the_benchmark_tries_the_values_that_its_results_were_made_with() -> Non
                     assert all(any(value == pytest.approx(one) for one in tried) for value in first), (name, job.name)
         done += 1
     assert done
+
+
+def test_the_benchmark_of_cifar10_compares_from_its_trained_originals_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import cifar10
+
+    for i in range(40):
+        path = tmp_path / "data" / ("train" if i < 30 else "test") / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)).save(path)
+    data, out, threads = str(tmp_path / "data"), tmp_path / "out", torch.get_num_threads()
+    monkeypatch.setitem(cifar10.RECIPE, "train_epochs", 1)
+    try:
+        cifar10.train_originals(data, out, [cifar10.FIRST_SEED], [])
+        monkeypatch.setattr(originals, "train_from_scratch", None)  # not called
+        options = cifar10.comparison(data, "random:0.5", 1, ["ft"], 1)
+        (job,) = jobs_of(options, variants_of(options))["unlearn"]
+        assert setup_of(job.options, Cache(out / "cache")).original(silent).model is not None
+    finally:
+        torch.set_num_threads(threads)
+    assert cifar10.page(tmp_path).count("Not measured yet.\n") == len(cifar10.SETTINGS)
 
 
 def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
