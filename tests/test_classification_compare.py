@@ -525,6 +525,7 @@ def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_reported(tm
         values[job["options"]["seed"]] += [trial["value"] for trial in job["result"]["tried"]]
         tried = [trial["value"] for trial in job["result"]["tried"]]
         check_result("search", job["result"], 0, summary["option"], tried)
+    assert all(len(job["result"]["tried"]) == 1 for job in jobs)  # a killed one loses no other's training
     assert sorted(values) == [0, 1]
     assert sorted(values[0]) == sorted(values[1]) == [trial["value"] for trial in summary["tried"]]
     assert summary["runs"] == 2 * len(summary["tried"]) > 2 * 5

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from salun.classification.compare import jobs_of, settings_of, variants_of, with_class_named, workers_of
+from salun.classification.compare import jobs_of, jobs_of_round, settings_of, variants_of, with_class_named, workers_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setup_of, training_of
 from salun.classification.models import new_model, normalize_for
 from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.originals import key_of_training
+from salun.classification.search import rounds
 from salun.classification.splits import Split, remarks
 from salun.classification.stages import LATER, comparison_stages, passes_of
 from salun.classification.task import Task, cross_entropy, minimize, retain_batches
@@ -79,17 +80,21 @@ def preview_comparison(
     options = with_class_named(options, data)
     variants = variants_of(options)
     jobs = jobs_of(options, variants)
-    settings = list(settings_of(options, jobs, cache, data).values())
+    checked = settings_of(options, jobs, cache, data)
+    settings = list(checked.values())
     first = settings[0]
     pace = _seconds_per_image(first.options, first.data, first.split.without_forget_set(), progress)
     costs = comparison_stages(options, [(setting.options, setting.split) for setting in settings])
     seconds = pace * sum(cost.backward * max(cost.most, cost.steps) / cost.steps for cost in costs)
     workers = workers_of(options)
+    first_rounds = {
+        job.name: jobs_of_round(job, next(rounds(checked[job.variant].options)), 0) for job in jobs["search"]
+    }
+    folder = run_dir / "jobs" if run_dir is not None else None
     counts = {}
     for kind, group in jobs.items():
-        folder = run_dir / "jobs" if run_dir is not None else None
-        name = "{}-0.json" if kind == "search" else "{}.json"
-        done = [job for job in group if folder is not None and (folder / name.format(job.name)).is_file()]
+        files = [[f"{each.name}.json" for each in first_rounds.get(job.name, [job])] for job in group]
+        done = [names for names in files if folder is not None and all((folder / name).is_file() for name in names)]
         counts[kind] = {"all": len(group), "done": len(done)}
     return {
         "methods": [variant.name for variant in variants],
