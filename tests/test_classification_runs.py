@@ -327,6 +327,10 @@ WRONG = [
         {"method": "ssd", "ssd_alpha": 50.0},
         "ssd_alpha is 50, but for 131 of 1295 samples no weight can",
     ),
+    (
+        {"method": "unsir", "forget": "random:0.1"},
+        "is random:0.1, but UNSIR forgets whole classes only, and other images of these are retained. Use class:NAME",
+    ),
     ({"search": True, "validation_share": 0.0}, "search needs validation images, but the split has none"),
     ({"search": True, "method": "retrain"}, "search is set, but the method Retrain has no option"),
     ({"forget": "random:0"}, "above 0 and below 1"),
