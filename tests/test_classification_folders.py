@@ -550,8 +550,17 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     table(root, [{"file_name": "x.png", "kind": "a"}])
     with pytest.raises(DataError, match=r"label_column is 'label', but .* has no such column, only file_name, kind"):
         load_data(str(root), label_column="label")
-    table(root, [{"file_name": "x.png", "label": "a"}])
-    with pytest.raises(DataError, match=r"x\.png cannot be read as an image: not a file"):
+    table(root, [{"filename": "x.png", "label": "a"}])
+    with pytest.raises(DataError, match=r"no column of files, only filename, label.*Name the table's column by im"):
+        load_data(str(root))
+    table(root, [{"file_name": "x.png", "label": ""}, {"file_name": "x.png", "label": "a"}])
+    with pytest.raises(DataError, match=r"metadata\.csv, row 2, names x\.png, which does not exist\. Correct or"):
+        load_data(str(root))
+    (root / "metadata.csv").write_bytes(b"file_name;label\nx.png;a\n")
+    with pytest.raises(DataError, match=r"is separated by semicolons\. Save it with commas"):
+        load_data(str(root))
+    (root / "metadata.csv").write_bytes("file_name,label\nx.png,Bär\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"is not UTF-8\. Save it as UTF-8"):
         load_data(str(root))
 
 

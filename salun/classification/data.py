@@ -15,7 +15,7 @@ from salun.classification import clutter
 from salun.classification.folders import from_folder
 from salun.classification.hub import from_hub, is_saved, parquet_files
 from salun.classification.labeled import ImageData
-from salun.classification.tables import from_tables, tables_in
+from salun.classification.tables import UnusedTable, from_tables, tables_in
 from salun.errors import ConfigError, DataError
 from salun.extras import install_command
 from salun.images import list_images
@@ -68,29 +68,32 @@ def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int 
         if is_saved(path):
             return from_hub(name, preset | {"repo": str(path)}, image_size)
         tables = tables_in(path)
-        unused: tuple[str, ...] = ()
+        unused: UnusedTable | None = None
         if tables:
             result = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
             if isinstance(result, ImageData):
                 return result
-            unused = (result,)
+            unused = result
         if parquet_files(path) and not list_images(path).files:
             data = from_hub(name, preset | {"repo": str(path)}, image_size)
         else:
             data = _from_class_folders(path, image_size, preset, unused)
-        return replace(data, notes=(*data.notes, *unused))
+        return replace(data, notes=(*data.notes, unused.note)) if unused is not None else data
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _from_class_folders(
-    path: Path, image_size: int | None, preset: dict[str, Any], unused: tuple[str, ...]
+    path: Path, image_size: int | None, preset: dict[str, Any], unused: UnusedTable | None
 ) -> ImageData:
-    """As `from_folder`; its errors also name the table that is not used."""
+    """As `from_folder`; its errors also name the table that is not used, and the option that may make it of use."""
     try:
         return from_folder(path, image_size, preset)
     except DataError as error:
-        raise DataError("; ".join([error.message, *unused]), option=error.option, advice=error.advice) from error
+        if unused is None:
+            raise
+        message, advice = f"{error.message}; {unused.note}", f"Name the table's column by {{{unused.option}}}"
+        raise DataError(message, option=error.option, advice=advice) from error
 
 
 def _digits() -> ImageData:

@@ -41,14 +41,20 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
     for role, folders in layout.parts.items():
         if set(folders) != set(classes):
             other = sorted({*classes} ^ {*folders})
-            raise DataError(f"{folder}: the {role} part has other classes than the train part: {some(other)}")
+            raise DataError(
+                f"{folder}: the {role} part has other classes than the train part: {some(other)}",
+                advice="Give both parts a folder for each class, and no other",
+            )
         _check_classes(folder, folders)
         parts[role] = []
         for label, name in enumerate(classes):
             listing = list_images(folders[name])
             if not listing.files:
                 held = "".join(f"; skipped: {line}" for line in counted(listing.skipped))
-                raise DataError(f"the class {name!r} is empty: {folders[name]} holds no image{held}")
+                raise DataError(
+                    f"the class {name!r} is empty: {folders[name]} holds no image{held}",
+                    advice="Add images to it, or remove the folder",
+                )
             parts[role] += [Sample(path, str(path), label) for path in listing.files]
             for reason, names in listing.skipped.items():
                 skipped.setdefault(reason, []).extend(f"{folders[name].relative_to(folder)}/{file}" for file in names)

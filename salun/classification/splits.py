@@ -99,7 +99,10 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     training part is empty, or there is only one class.
     """
     if len(data.classes) < 2:
-        raise DataError(f"{data.name} has only one class ({''.join(data.classes)}), but a classifier needs two or more")
+        raise DataError(
+            f"{data.name} has only one class ({''.join(data.classes)}), but a classifier needs two or more",
+            advice="Add images of another class",
+        )
     n, generator = len(data.labels), generator_of(seed, "split")
     given_parts = [rows for rows in (data.own_test, data.own_validation) if rows is not None]
     others = torch.ones(n, dtype=torch.bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,8 +22,18 @@ NO_SPLIT = "(no split)"  # of rows whose column `split` is empty, where others' 
 MOST_BYTES = 2**28  # of a table
 _DEEPEST = 3  # folders below the data set's, as in data/train/metadata.csv
 
+SEPARATORS = {";": "semicolons", "\t": "tabs"}  # of files that other programs call CSV
+
 Row = dict[str, Any]
 Labeled = tuple[str, Path, str]  # part, image file, label
+
+
+@dataclass(frozen=True)
+class UnusedTable:
+    """Why a table is not used, and the option that names the column which it seems to lack."""
+
+    note: str
+    option: str
 
 
 def tables_in(folder: Path) -> list[Path]:
@@ -39,11 +50,11 @@ def from_tables(
     preset: dict[str, Any],
     image_column: str | None = None,
     label_column: str | None = None,
-) -> ImageData | str:
-    """A data set from its tables; a note on one without a column of image files or labels, if none is requested.
+) -> ImageData | UnusedTable:
+    """A data set from its tables; `UnusedTable` for one without a column of files or labels, if none is requested.
     A row's part is its column `split`, or a folder in its file's path with a part's name. Raises DataError for a table
-    that cannot be read, a row with a file outside the folder or more than one label, an image with two labels, and what
-    `assembled` raises.
+    that cannot be read, a row with a missing file, one outside the folder or more than one label, an image with two
+    labels, and what `assembled` raises.
     """
     name, rows = folder.resolve().name, []
     for table in tables:
@@ -52,10 +63,11 @@ def from_tables(
         file = _column(table, columns, image_column, FILE_COLUMNS, "image_column")
         label = _column(table, columns, label_column, LABEL_COLUMNS, "label_column")
         if file is None or label is None:
-            what = f"has no column of {'files' if file is None else 'labels'}, only {some(columns, 10)}"
+            what, option = ("files", "image_column") if file is None else ("labels", "label_column")
+            what = f"has no column of {what}, only {some(columns, 10)}"
             if image_column is None and label_column is None:
-                return f"{name}: the table {shown(table, folder)} {what}, and is not used"
-            raise DataError(f"{table} {what}")
+                return UnusedTable(f"{name}: the table {shown(table, folder)} {what}, and is not used", option)
+            raise DataError(f"{table} {what}", advice=f"Name it by {{{option}}}")
         divided = any(_filled(row.get("split")) for row in read)
         for number, row in enumerate(read, 1):
             if isinstance(row.get(label), (list, dict)):
@@ -63,7 +75,13 @@ def from_tables(
                     f"{table}: the label of image {number} is {row[label]!r:.40}, but must be a name or a number",
                     advice="A classifier has one label per image",
                 )
-            rows.append((_part(folder, table, row, file, divided), _path(table, row, file), row.get(label)))
+            path = _path(table, row, file)
+            if _filled(row.get(label)) and not path.is_file():
+                raise DataError(
+                    f"{table}, row {number}, names {shown(path, table.parent)}, which does not exist",
+                    advice="Correct or remove the row",
+                )
+            rows.append((_part(folder, table, row, file, divided), path, row.get(label)))
     labeled = [(part, path, text) for part, path, label in rows if (text := _filled(label))]
     if not labeled:
         raise DataError(f"{folder}: no row of {tables[0].name} has a label")
@@ -98,8 +116,13 @@ def _rows(table: Path) -> list[Row]:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True) if table.suffix == ".csv" else _json_lines(file)
             rows = [{column.strip(): value for column, value in row.items() if column is not None} for row in reader]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is not UTF-8", advice="Save it as UTF-8") from error
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{table} cannot be read: {error}") from error
+    for separator, plural in SEPARATORS.items() if table.suffix == ".csv" else ():
+        if rows and len(rows[0]) == 1 and separator in next(iter(rows[0])):
+            raise DataError(f"{table} is separated by {plural}", advice="Save it with commas")
     return rows
 
 
