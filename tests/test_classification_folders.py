@@ -473,6 +473,41 @@ def test_rows_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
     assert {"set: the part holdout is not used", "set: the part (no split) is not used"} <= {*data.notes}
 
 
+def folds(root: Path, layout: str) -> Path:
+    """Images 0 to 3 in fold1, 4 and 5 in fold2, 6 and 7 in fold3, of the classes cat and dog in turn."""
+    rows = [
+        {"file_name": f"{v:03}.png", "label": ("cat", "dog")[v % 2], "split": f"fold{max(v // 2, 1)}"} for v in range(8)
+    ]
+    if layout == "table":
+        return fill(table(root, rows), *range(8))
+    for row in rows:
+        part = (row["split"], row["label"]) if layout == "parts of classes" else (row["label"], row["split"])
+        fill(root / part[0] / part[1], int(row["file_name"][:3]))
+    return root
+
+
+@pytest.mark.parametrize("layout", ["table", "parts of classes", "classes of parts"])
+def test_parts_of_any_name_are_chosen_by_an_option(layout: str, tmp_path: Path) -> None:
+    root = folds(tmp_path / "all" / "set", layout)
+    for where, config in ((root, None), (tmp_path / "all", "set")):
+        data = load_data(str(where), data_config=config, split="train=fold1, test=fold3")
+        assert data.classes == ("cat", "dog") and data.own_test is not None
+        assert (sorted(values_of(data)), values_of(data, data.own_test)) == ([0, 1, 2, 3, 6, 7], [6, 7])
+    assert load_data(str(root), split="train=fold2").own_test is None
+    with pytest.raises(DataError, match=r"^split names (fold1, )?fold9, but"):
+        load_data(str(root), split="train=fold1,test=fold9")
+    with pytest.raises(DataError, match=r"data_config is 'other', but .* has no such folder"):
+        load_data(str(root), data_config="other")
+
+
+@pytest.mark.parametrize("text", ["fold1", "test=a", "train=a,test=a", "train=a,holdout=b", "train=", ""])
+def test_an_invalid_choice_of_parts_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"split is .*, but must be train=NAME, with test=NAME or validation=NAME"):
+        load_data("nowhere/here", split=text)
+    with pytest.raises(ConfigError, match=r"split is .*, but digits has none\. Omit it"):
+        load_data("digits", split=text)
+
+
 @pytest.mark.parametrize("mark", ["-1.0", "NaN", "null", "NONE", "N/A"])
 def test_marks_of_missing_labels_are_no_classes(mark: str, tmp_path: Path) -> None:
     rows = [{"file_name": f"{i:03}.png", "label": label} for i, label in enumerate(("a", "b", mark))]
@@ -588,6 +623,16 @@ def test_a_clone_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.M
     names = ["cat", "dog", "unused", "owl"]
     hub_rows([1, 2, 3, 4], [0, 1, 3, 1], names).to_parquet(str(folder / "train-00000-of-00001.parquet"))
     hub_rows([5, 6], [-1, -1], names).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    hub_rows([8, 9], [0, 1], names).to_parquet(str(folder / "fold1.parquet"))
+    folds = load_data(str(tmp_path / "clone"), data_config="plain_text", split="train=fold1,test=train")
+    assert folds.own_test is not None and values_of(folds) == [8, 9, 1, 2, 3, 4]
+    (folder / "fold1.parquet").unlink()
+    hub_rows([8, 9], [0, 1], names).to_parquet(str(tmp_path / "clone" / "fold1.parquet"))
+    with pytest.raises(DataError, match=r"several configurations \(\., plain_text\)\. Choose one by data_config"):
+        load_data(str(tmp_path / "clone"))
+    with pytest.raises(DataError, match=r"data_config is 'x', but .* holds \., plain_text"):
+        load_data(str(tmp_path / "clone"), data_config="x")
+    (tmp_path / "clone" / "fold1.parquet").unlink()
     data = load_data(str(tmp_path / "clone"))
     assert data.classes == ("cat", "dog", "owl")
     assert data.labels.tolist() == [0, 1, 2, 1]

@@ -70,7 +70,8 @@ def test_a_runs_options_have_no_number_left_open(run: Path) -> None:
     options = record_of(run)["options"]
     assert set(options) == {item.name for item in fields(UnlearnOptions)}
     open_ones = {name for name, value in options.items() if value is None}
-    assert open_ones == {"original", "image_column", "label_column", "image_size", "ssd_alpha", "lfssd_alpha"}
+    of_data = {"image_column", "label_column", "image_size", "data_config", "split"}
+    assert open_ones == {"original", "ssd_alpha", "lfssd_alpha"} | of_data
     assert (options["model"], options["mask"], options["batchnorm"]) == ("small", "saliency", "frozen")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from salun.classification.data import ImageData, load_data
+from salun.classification.data import ImageData, data_of
 from salun.classification.experiment import ExperimentSetup, facts_of, setup_of
 from salun.classification.jobs import Job, JobRunner, Kind, ResultStore
 from salun.classification.models import new_model, weights_digest
@@ -170,7 +170,7 @@ def compare(
     cache = cache or Cache.of_user()
     if resume and run_dir is None:
         raise ConfigError("needs the run folder of the comparison", option="resume", advice="Set {run_dir}")
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data_of(options)
     options = with_class_named(options, data)
     variants = variants_of(options)
     jobs = jobs_of(options, variants)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from salun.attacks import requested
-from salun.classification.data import ImageData, load_data
+from salun.classification.data import ImageData, data_of
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.metrics import accuracies, evaluate_classifier, gap_to_retrain
 from salun.classification.models import (
@@ -102,7 +102,7 @@ class ExperimentSetup:
 
 def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> ExperimentSetup:
     """Load the data, if it is not given, draw the split and resolve the options. Raises as `train`."""
-    data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data or data_of(options)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     split = with_forget(split, data, forget_of(options, data), options.seed)
     check_retained_test_rows(split, data)
@@ -173,7 +173,7 @@ def train(
 
 def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split]:
     """The resolved options of a training, its data on the device, and its split. Raises as `train`."""
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data_of(options)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     full = resolve_options(UnlearnOptions(**asdict(options)), data, split)
     return full, _prepared(data, full, pick_device(full.device)), split
@@ -257,7 +257,7 @@ def evaluate(
     options: UnlearnOptions = from_mapping(
         UnlearnOptions, {**known, "data": data or known["data"], "device": device}, str(folder / "run.json")
     )
-    images = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    images = data_of(options)
     split = Split.load(folder / "split.json")
     if split.data != images.digest:
         raise DataError(f"the data set {options.data} has changed since {folder} was made")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.classification.pixel_store import pixels_of
-from salun.errors import DataError
+from salun.errors import ConfigError, DataError, some
 from salun.images import Source
 from salun.runs.cache import Cache
 from salun.user_text import composed
@@ -25,6 +25,7 @@ _SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
+NAME_PARTS = "Name the parts by {split}, such as train=NAME,test=NAME"
 _FILLERS = {"set", "data", "dataset", "split", "images", "imgs", "folder", "seg"}  # as in train_set, seg_train
 
 
@@ -159,25 +160,50 @@ def role_of(name: str) -> str | None:
     return _SPLIT_NAMES.get(terms[0]) if len(terms) == 1 else None
 
 
-def roles_of(names: Sequence[str], where: str) -> tuple[dict[str, str], list[str]]:
+def given_parts(text: str | None) -> dict[str, str]:
+    """role → name of the part with that role, by the option `split`; empty where that is not given.
+
+    Raises ConfigError for other texts than train=NAME, with test=NAME or validation=NAME after commas.
+    """
+    pairs = [[side.strip() for side in item.partition("=")[::2]] for item in (text or "").split(",")]
+    parts = {role: name for role, name in pairs if name}
+    if text is not None and (len({*parts.values()}) < len(pairs) or not {"train"} <= {*parts} <= {*ROLES}):
+        raise ConfigError(
+            f"is {text!r}, but must be train=NAME, with test=NAME or validation=NAME after commas", option="split"
+        )
+    return parts
+
+
+def role_in(name: str, given: Mapping[str, str]) -> str | None:
+    """The role of a part: as of `role_of`, or by `given_parts` if there are any."""
+    return next((role for role, part in given.items() if part == name), None) if given else role_of(name)
+
+
+def roles_of(names: Sequence[str], where: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """role → name of the part with that role, and notes that report this.
 
-    A validation part without a test part is the test part, as such data sets are published. Raises DataError without a
-    training part, or with two parts for one role.
+    A validation part without a test part is the test part, as such data sets are published, if none are given. Raises
+    DataError without a training part, with two parts for one role, or for a given part that does not exist.
     """
+    missing = [part for part in given.values() if part not in names]
+    if missing:
+        raise DataError(f"names {missing[0]}, but {where} has only the parts {some(names, 10)}", option="split")
     roles: dict[str, str] = {}
     notes = []
     for name in names:
-        role = role_of(name)
+        role = role_in(name, given)
         if role is None:
             notes.append(f"{where}: the part {name} is not used")
         elif role in roles:
-            raise DataError(f"{where} has two {role} parts, {roles[role]} and {name}: keep one of them")
+            raise DataError(
+                f"{where} has two {role} parts, {roles[role]} and {name}",
+                advice="Keep one of them, or choose by {split}",
+            )
         else:
             roles[role] = name
     if "train" not in roles:
-        raise DataError(f"{where} has no part named train, only {', '.join(names)}: rename the one to train on")
-    if "validation" in roles and "test" not in roles:
+        raise DataError(f"{where} has no part named train, only {', '.join(names)}", advice=NAME_PARTS)
+    if "validation" in roles and "test" not in roles and not given:
         roles["test"] = roles.pop("validation")
     validation = roles.get("validation", f"drawn from {roles['train']} (validation_share)")
     test = roles.get("test", f"drawn from {roles['train']} (test_share)")

@@ -27,6 +27,13 @@ class TrainOptions(DeviceOptions):
     label_column: str | None = option(
         None, "Column of labels of a Hugging Face data set or metadata.csv (default: detected)"
     )
+    data_config: str | None = option(
+        None, "Configuration of a Hugging Face data set, or folder in the data's folder (default: the only one)"
+    )
+    split: str | None = option(
+        None,
+        "Parts of the data by role, such as train=fold1,test=fold2 or validation=NAME (default: by their names)",
+    )
     image_size: int | None = option(
         None, "Side length in pixels that images are resized to (default: no resizing)", minimum=4, maximum=1024
     )

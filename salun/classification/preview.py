@@ -12,7 +12,7 @@ import torch
 
 from salun.classification.attacks.mia import infer_membership, settings
 from salun.classification.compare import jobs_of, jobs_of_round, settings_of, variants_of, with_class_named, workers_of
-from salun.classification.data import ImageData, load_data
+from salun.classification.data import ImageData, data_of
 from salun.classification.experiment import setup_of, training_of
 from salun.classification.models import new_model, normalize_for
 from salun.classification.options import TaskOptions, TrainOptions
@@ -84,7 +84,7 @@ def preview_comparison(
 ) -> dict[str, Any]:
     """What `compare` would do. seconds: as in `preview_training`, if nothing is cached. Raises as `compare`."""
     cache = cache or Cache.of_user()
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data_of(options)
     options = with_class_named(options, data)
     variants = variants_of(options)
     jobs = jobs_of(options, variants)
