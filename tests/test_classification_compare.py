@@ -255,15 +255,25 @@ def test_an_executor_of_the_caller_finds_the_very_same_and_its_loss_of_a_worker_
     assert without_times(found.metrics) == {**expected, "methods": rows}
 
 
-@pytest.mark.slow
-def test_two_workers_of_dask_find_the_very_same(made: Path, tmp_path: Path) -> None:
+@pytest.mark.packages
+def test_two_workers_of_dask_find_the_very_same_though_one_is_killed_during_a_job(made: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
+    killed: list[int] = []
+
+    def kill(event: Event) -> None:
+        busy = [worker for worker, jobs in client.processing().items() if jobs]
+        if busy and not killed and event.stage is Stage.UNLEARNING and event.step:
+            killed.append(client.run(os.getpid, workers=busy[:1])[busy[0]])
+            os.kill(killed[0], signal.SIGKILL)
+
     common: dict[str, Any] = {**QUICK, "methods": ["ff", "salun@0.1"], "seeds": 2, "relearn": 3, "noise_floor": False}
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
-        found = compare(cache=Cache(tmp_path / "cache"), executor=client.get_executor(pure=False), **common)
+        executor = client.get_executor(pure=False)
+        found = compare(cache=Cache(tmp_path / "cache"), executor=executor, progress=kill, **common)
+    assert len(killed) == 1
     expected = without_times(record_in(made)["metrics"])
     rows = {name: expected["methods"][name] for name in ("ff", "salun@0.1")}
     assert without_times(found.metrics) == {**expected, "methods": rows}
