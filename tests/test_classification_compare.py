@@ -106,8 +106,8 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
     with pytest.raises(ConfigError, match="has ft twice"):
         variants_of(CompareOptions(methods=["ft", "ft"]))
     assert variants_of(CompareOptions())[0].name == "salun"
-    assert len(variants_of(CompareOptions())) == 16
-    assert [v.name for v in variants_of(CompareOptions(forget="class:3"))][16:] == ["unsir"]  # of whole classes only
+    assert len(variants_of(CompareOptions())) == 17
+    assert [v.name for v in variants_of(CompareOptions(forget="class:3"))][17:] == ["unsir"]  # of whole classes only
 
 
 def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
