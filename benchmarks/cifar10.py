@@ -110,19 +110,20 @@ def setting_name(forget: str) -> str:
 def page(results: Path = RESULTS) -> str:
     """The document: a section for each setting, from its stored table or with a line that it is not measured yet."""
     stored = {forget: results / f"{setting_name(forget)}.json" for forget in SETTINGS}
-    missing = [SETTINGS[forget] for forget, path in stored.items() if not path.is_file()]
+    known = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in stored.items() if path.is_file()}
+    verdicts = {name: (result["metrics"]["verdict"] or {"text": "no result"})["text"] for name, result in known.items()}
+    shows = " ".join(f"{SETTINGS[name].capitalize()}: {text}." for name, text in verdicts.items()) or "Nothing yet."
+    missing = ", ".join(SETTINGS[forget] for forget in stored if forget not in known)
+    first = f"**What it shows.** {shows}" + (f" Not measured yet: {missing}." if missing else "")
     parts = ["# Unlearning on CIFAR-10 (JPEG)", ""]
-    if missing:
-        parts += [f"**Not measured yet**: {', '.join(missing)}.", ""]
-    parts += [*(line for text in INTRODUCTION for line in (fill(text, 118, break_on_hyphens=False), ""))]
-    for forget, path in stored.items():
+    parts += [line for text in (first, *INTRODUCTION) for line in (fill(text, 118, break_on_hyphens=False), "")]
+    for forget in stored:
         parts += [f"## {SETTINGS[forget].capitalize()}", ""]
-        if not path.is_file():
+        if forget not in known:
             parts += ["Not measured yet.", ""]
             continue
-        result = json.loads(path.read_text(encoding="utf-8"))
-        count, verdict = result["options"]["seeds"], result["metrics"]["verdict"]
-        parts += [f"Forgotten: `{forget}`; seeds: {count}. {verdict['text'] if verdict else 'No result'}.", ""]
+        result = known[forget]
+        parts += [f"Forgotten: `{forget}`; seeds: {result['options']['seeds']}.", ""]
         for heading, rows in tables_of(result["metrics"]).items():
             if len(rows) > 1:
                 parts += [f"### {heading}", "", *markdown(rows), ""]
