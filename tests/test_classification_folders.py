@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from PIL import Image
 from salun.classification import pixel_store
 from salun.classification.compare import compare
 from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import evaluate, train, unlearn
+from salun.classification.experiment import evaluate, setup_of, train, unlearn
 from salun.classification.hub import _renumbered as renumbered
 from salun.classification.labeled import Sample
+from salun.classification.models import load_model, save_model
 from salun.classification.pretrained import folder_of
 from salun.classification.preview import preview_unlearning
 from salun.classification.splits import make_split, remarks, with_forget
@@ -364,6 +366,22 @@ def test_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None
     assert "skipped 1 not an image: cat/notes.doc" in notes
     if hasattr(os, "mkfifo"):
         assert "skipped 2 broken link, pipe or device: cat/pipe.png, cat/zero.png" in notes
+
+
+def test_pixels_are_normalized_by_the_training_images_and_as_a_given_models_file_states(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set")
+    run = train(data=str(root), run_dir=tmp_path / "run", cache=Cache(tmp_path, 0), **QUICK)
+    data = load_data(str(root))
+    pixels = data.images[run.split.train].double() / 255
+    path = tmp_path / "run" / "model.safetensors"
+    stated = load_model(path)[1].pixels
+    assert stated is not None and stated.mean is not None and stated.std is not None
+    assert (stated.mean[0], stated.std[0]) == pytest.approx((float(pixels.mean()), float(pixels.std())), abs=2e-4)
+    assert evaluate(tmp_path / "run")["train"] == run.metrics["train"]
+    other = replace(load_model(path)[1], pixels=replace(stated, mean=(0.25,), std=(2.0,)))
+    save_model(path, run.model, other)
+    preset = setup_of(UnlearnOptions(data=str(root), original=str(path), forget="random:0.5", device="cpu")).data.preset
+    assert (preset["mean"], preset["std"]) == ([0.25], [2.0])
 
 
 def test_skipped_files_and_repeated_images_are_in_record_and_report(tmp_path: Path) -> None:

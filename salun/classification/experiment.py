@@ -20,6 +20,7 @@ from salun.classification.data import ImageData, data_of
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.metrics import accuracies, evaluate_classifier, gap_to_retrain
 from salun.classification.models import (
+    Preprocessing,
     WeightFileInfo,
     is_builtin,
     load_model,
@@ -121,7 +122,8 @@ def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageDat
                 advice=f"If you trust it, set {{model}} to {literal(began)}; otherwise set {{retrain}} to no",
             )
     recipe = replace(options, **training) if training is not None and known_recipe(training) else options
-    data = _prepared(data, options, pick_device(options.device))
+    pixels = given.facts.pixels or Preprocessing() if given else None
+    data = _prepared(data, options, split, pixels)
     return ExperimentSetup(options, recipe, data, split, given, no_retrain, cache or Cache.of_user())
 
 
@@ -176,7 +178,7 @@ def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split
     data = data_of(options)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     full = resolve_options(UnlearnOptions(**asdict(options)), data, split)
-    return full, _prepared(data, full, pick_device(full.device)), split
+    return full, _prepared(data, full, split), split
 
 
 def unlearn(
@@ -268,8 +270,8 @@ def evaluate(
             f"{folder / 'split.json'} is not the split that {folder / 'model.safetensors'} was made with: one of them "
             "has been changed, or is of another run"
         )
-    where = pick_device(options.device)
-    task = _task(Original(model, facts), _prepared(images, options, where), split, options, progress)
+    images = _prepared(images, options, split, facts.pixels or Preprocessing())
+    task = _task(Original(model, facts), images, split, options, progress)
     metrics = evaluate_classifier(task) if len(split.forget) else accuracies(task)
     write_bytes(folder / "eval.json", (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
@@ -314,9 +316,18 @@ def _task(
     return Task(placed, data, split, options, fresh, progress, dtype, recipe=recipe)
 
 
-def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) -> ImageData:
-    """The data on the device, with the options' augmentation."""
-    return replace(data.to(device), preset={**data.preset, "augment": options.augment})
+def _prepared(data: ImageData, options: UnlearnOptions, split: Split, pixels: Preprocessing | None = None) -> ImageData:
+    """The data on the device, with the options' augmentation, and the mean and standard deviation of its pixels.
+
+    pixels: as the file of a given model states them; None without such a model: then those of the training images, if
+    the data set's are not known.
+    """
+    preset = {**data.preset, "augment": options.augment}
+    if pixels is not None and pixels.mean is not None and pixels.std is not None:
+        preset |= {"mean": list(pixels.mean), "std": list(pixels.std)}
+    elif pixels is None and preset.get("counted"):
+        preset["mean"], preset["std"] = data.statistics(split.train)
+    return replace(data.to(pick_device(options.device)), preset=preset)
 
 
 def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Original | None = None) -> dict[str, str]:

@@ -25,6 +25,7 @@ _SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
+COUNTED = 5000  # training images, evenly spaced, that mean and std are counted of
 NAME_PARTS = "Name the parts by {split}, such as train=NAME,test=NAME"
 _FILLERS = {"set", "data", "dataset", "split", "images", "imgs", "folder", "seg"}  # as in train_set, seg_train
 
@@ -83,6 +84,18 @@ class ImageData:
         """(pixels/255 − mean) / std of uint8 images."""
         mean, std = (torch.tensor(self.preset[key], device=images.device).view(-1, 1, 1) for key in ("mean", "std"))
         return (images.float() / 255 - mean) / std
+
+    def statistics(self, rows: Tensor) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the pixels, from 0 to 1, of each channel; of many rows, of COUNTED of them."""
+        counts = torch.zeros(self.channels, 256, dtype=torch.int64)
+        for part in rows[:: max(len(rows) // COUNTED, 1)].split(256):
+            images = self.images[part.to(self.images.device)].cpu()
+            for channel in range(self.channels):
+                counts[channel] += torch.bincount(images[:, channel].flatten(), minlength=256)
+        levels, weights = torch.arange(256, dtype=torch.float64) / 255, counts / counts.sum(1, keepdim=True)
+        mean = (weights * levels).sum(1)
+        std = (weights * (levels - mean[:, None]).square()).sum(1).sqrt().clamp(min=1 / 255)
+        return [round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()]
 
     def augmented(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """As `images_of`, each shifted by up to an eighth of its size, padded black; with crop-flip half mirrored."""
