@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from salun.classification.data import ImageData, load_data, presets
 from salun.classification.hub import _label, _source
 from salun.classification.preview import preview_unlearning
 from salun.classification.splits import Split, make_split, remarks, with_forget
+from salun.classification.stages import slow_training
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import ConfigError, DataError, SalunError
 from salun.randomness import generator_of, seed_of
@@ -224,6 +226,15 @@ def test_a_split_without_a_test_image_of_a_retained_class_is_refused_before_trai
     options = UnlearnOptions(data=str(root), forget="class:cat", split_seed=untested, model="small")
     with pytest.raises(DataError, match=r"no test image is of a retained class \(dog\)\. Raise test_share or draw"):
         preview_unlearning(options)
+
+
+def test_hours_of_training_on_a_cpu_are_reported_with_faster_models(digits: ImageData) -> None:
+    split, options = make_split(digits, 0.2, 0.1, 0), UnlearnOptions(model="resnet18", train_epochs=100_000)
+    (note,) = slow_training(options, digits, split)
+    hours = 0.04 / 16 * len(split.train) * 100_000 / torch.get_num_threads() / 3600
+    assert note.startswith(f"digits: resnet18 takes about {hours:,.0f} h to train on this CPU; --model resnet20")
+    assert not slow_training(replace(options, train_epochs=20), digits, split)
+    assert not slow_training(replace(options, model="small"), digits, split)
 
 
 @pytest.mark.parametrize("of_b", [1, 2, 5])

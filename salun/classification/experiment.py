@@ -34,7 +34,7 @@ from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
 from salun.classification.splits import Split, check_retained_test_rows, make_split, remarks, with_forget
-from salun.classification.stages import training_stages, unlearning_stages
+from salun.classification.stages import slow_training, training_stages, unlearning_stages
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
@@ -83,7 +83,8 @@ class ExperimentSetup:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the data and the split."""
-        return [*self.data.notes, *remarks(self.data, self.split)]
+        slow = slow_training(self.recipe, self.data, self.split) if self.given is None else []
+        return [*self.data.notes, *remarks(self.data, self.split), *slow]
 
     def original(self, progress: Progress) -> Original:
         """The model to unlearn from: given, from the cache, or trained now."""
@@ -162,7 +163,8 @@ def train(
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
         progress(Event(Stage.PLANNING, stages=training_stages(full, split)))
-        _tell(record, [*data.notes, *remarks(data, split)], progress, Stage.PLANNING)
+        notes = [*data.notes, *remarks(data, split), *slow_training(full, data, split)]
+        _tell(record, notes, progress, Stage.PLANNING)
         with record.stage(Stage.TRAINING):
             original = trained(full, data, split, cache, progress, Stage.TRAINING)
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}

@@ -20,7 +20,7 @@ from salun.classification.originals import key_of_training
 from salun.classification.predictions import SplitPredictions
 from salun.classification.search import rounds
 from salun.classification.splits import Split, remarks
-from salun.classification.stages import LATER, comparison_stages, passes_of
+from salun.classification.stages import LATER, comparison_stages, passes_of, slow_training
 from salun.classification.task import Task, cross_entropy, minimize, retain_batches
 from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 from salun.compute.device import deterministic_kernels, pick_dtype
@@ -39,7 +39,7 @@ def preview_training(
     full, data, split = training_of(options)
     pace = _pace(full, data, split, progress)
     cached, seconds = _training(full, data, split, cache or Cache.of_user(), Stage.TRAINING, pace.image)
-    notes = [*data.notes, *remarks(data, split)]
+    notes = [*data.notes, *remarks(data, split), *slow_training(full, data, split)]
     return {**_summary(full, data, split), "notes": notes, "cached": {"original": cached}, "seconds": seconds}
 
 
