@@ -1,11 +1,15 @@
-"""CIFAR-10 as a folder of JPEG files: the original models, and how fast an epoch is.
+"""CIFAR-10 as a folder of JPEG files: the original models, a comparison of methods, and how fast an epoch is.
 
     python benchmarks/cifar10.py train --data DIR           # the original with seed 1 (--seeds 1 2 3 for several)
     python benchmarks/cifar10.py train --data DIR --forget random:0.1 class:cat   # and Retrain for these forget sets
+    python benchmarks/cifar10.py compare --data DIR         # methods and Retrain in three settings, then the page
+    python benchmarks/cifar10.py compare --data DIR --settings class:cat --seeds 1 --methods salun ft --dry-run
+    python benchmarks/cifar10.py page                       # docs/classification-cifar10.md from what is measured
     python benchmarks/cifar10.py speed --data DIR           # training steps, against two other loops
 
 DIR holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. Training takes hours on a CPU. It can be interrupted at any
 time; the same command continues it. Models and state are written to build/cifar10 (--out), which git ignores.
+All training takes one thread, as the jobs of a comparison do, so that these find the originals of `train` in its cache.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -26,18 +31,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from salun.classification.compare import compare
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setup_of, train
 from salun.classification.models import new_model
 from salun.classification.plan import resolve_options
+from salun.classification.preview import preview_comparison
 from salun.classification.splits import make_split
+from salun.classification.table import tables_of
 from salun.classification.task import Task, cross_entropy, minimize, retain_batches
-from salun.classification.unlearn_options import UnlearnOptions
+from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 from salun.display import shown
+from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.runs.cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cifar10"
+PAGE = ROOT / "docs" / "classification-cifar10.md"
+SETTINGS = {"random:0.1": "random 10 %", "random:0.5": "random 50 %", "class:cat": "one class"}
+METHODS = ["salun", "rl", "ft", "ga", "l1-sparse", "scrub", "ssd"]
+FIRST_SEED = 1  # of originals and comparisons alike
 RECIPE: dict[str, Any] = {
     "model": "resnet20", "augment": "crop-flip", "train_epochs": 40, "train_lr": 0.1, "train_batch_size": 128,
     "weight_decay": 5e-4, "dtype": "bf16", "device": "cpu",
@@ -46,6 +60,7 @@ RECIPE: dict[str, Any] = {
 
 def train_originals(data: str, out: Path, seeds: list[int], forget: list[str]) -> None:
     """Train the original of each seed, then Retrain for each forget set, all of them resumable."""
+    torch.set_num_threads(1)  # part of the key of a cached model
     cache = Cache(out / "cache")
     for seed in seeds:
         folder = out / f"original-{seed}"
@@ -61,6 +76,74 @@ def train_originals(data: str, out: Path, seeds: list[int], forget: list[str]) -
 def _is_done(folder: Path) -> bool:
     path = folder / "run.json"
     return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "done"
+
+
+# -- comparison --------------------------------------------------------------------------------------------------------
+
+
+def comparison(data: str, forget: str, seeds: int, methods: list[str], workers: int | None) -> CompareOptions:
+    """The options of a setting's comparison, whose originals and Retrain models are those of `train_originals`."""
+    shared: dict[str, Any] = {**RECIPE, "seed": FIRST_SEED, "order": "forget-first", "search_seeds": 1}
+    return CompareOptions(data=data, forget=forget, seeds=seeds, methods=methods, workers=workers, **shared)
+
+
+def compare_methods(options: CompareOptions, out: Path, dry_run: bool) -> None:
+    """Run or resume the comparison of a setting and store its table; a dry run prints what there is to do."""
+    torch.set_num_threads(1)
+    name, cache = setting_name(options.forget or ""), Cache(out / "cache")
+    if dry_run:
+        planned = preview_comparison(options, run_dir=out / f"compare-{name}", cache=cache)
+        shown_keys = ("forgetting", "forget", "methods", "seeds", "jobs", "workers")
+        print(json.dumps({key: planned[key] for key in shown_keys}, indent=1))
+        print(f"about {planned['seconds'] / 3600:.1f} h if nothing is in the cache")
+        return
+    done = compare(options, run_dir=out / f"compare-{name}", resume=True, cache=cache, command=f"cifar10.py: {name}")
+    recorded = {key: value for key, value in done.record.options.items() if key != "data"}
+    result = {"options": recorded, "versions": done.record.versions, "metrics": done.metrics}
+    write_bytes(RESULTS / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def setting_name(forget: str) -> str:
+    return forget.replace(":", "-")
+
+
+def page(results: Path = RESULTS) -> str:
+    """The document: a section for each setting, from its stored table or with a line that it is not measured yet."""
+    stored = {forget: results / f"{setting_name(forget)}.json" for forget in SETTINGS}
+    known = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in stored.items() if path.is_file()}
+    verdicts = {name: (result["metrics"]["verdict"] or {"text": "no result"})["text"] for name, result in known.items()}
+    shows = " ".join(f"{SETTINGS[name].capitalize()}: {text}." for name, text in verdicts.items()) or "Nothing yet."
+    missing = ", ".join(SETTINGS[forget] for forget in stored if forget not in known)
+    first = f"**What it shows.** {shows}" + (f" Not measured yet: {missing}." if missing else "")
+    parts = ["# Unlearning on CIFAR-10 (JPEG)", ""]
+    parts += [line for text in (first, *INTRODUCTION) for line in (fill(text, 118, break_on_hyphens=False), "")]
+    for forget in stored:
+        parts += [f"## {SETTINGS[forget].capitalize()}", ""]
+        if forget not in known:
+            parts += ["Not measured yet.", ""]
+            continue
+        result = known[forget]
+        parts += [f"Forgotten: `{forget}`; seeds: {result['options']['seeds']}.", ""]
+        for heading, rows in tables_of(result["metrics"]).items():
+            if len(rows) > 1:
+                parts += [f"### {heading}", "", *markdown(rows), ""]
+    return "\n".join(parts)
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+INTRODUCTION = (
+    "Written by `benchmarks/cifar10.py page` from what `compare` has measured: 60,000 JPEG files of 32×32 (CIFAR-10 at "
+    "medium JPEG quality, so that values are close to those on the original files and not equal), ResNet-20 of 0.27 "
+    "million weights trained for 40 epochs in bf16 on a CPU, one thread for each job. Each seed has its own original, "
+    "forget set and Retrain. Each method's learning rate is searched on the first seed, without Retrain.",
+    "Cells are mean ± standard deviation over seeds, with the gap to Retrain in parentheses. For the terms see "
+    "[classification.md](classification.md), for more seeds on smaller data "
+    "[classification-results.md](classification-results.md). ResNet-18, as in the paper, was not run.",
+)
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -169,8 +252,17 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("--data", required=True)
     training.add_argument("--out", type=Path, default=ROOT / "build" / "cifar10")
-    training.add_argument("--seeds", type=int, nargs="+", default=[1])
+    training.add_argument("--seeds", type=int, nargs="+", default=[FIRST_SEED])
     training.add_argument("--forget", nargs="*", default=[])
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("--data", required=True)
+    comparing.add_argument("--out", type=Path, default=ROOT / "build" / "cifar10")
+    comparing.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    comparing.add_argument("--seeds", type=int, default=3)
+    comparing.add_argument("--methods", nargs="+", default=METHODS)
+    comparing.add_argument("--workers", type=int)
+    comparing.add_argument("--dry-run", action="store_true")
+    commands.add_parser("page")
     measuring = commands.add_parser("speed")
     measuring.add_argument("--data", required=True)
     measuring.add_argument("--images", type=int, default=2560)
@@ -178,8 +270,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "speed":
         speed(arguments.data, arguments.images, arguments.rounds)
-    else:
+    elif arguments.command == "compare":
+        for forget in arguments.settings:
+            options = comparison(arguments.data, forget, arguments.seeds, arguments.methods, arguments.workers)
+            compare_methods(options, arguments.out, arguments.dry_run)
+    elif arguments.command == "train":
         train_originals(arguments.data, arguments.out, arguments.seeds, arguments.forget)
+    if arguments.command == "page" or (arguments.command == "compare" and not arguments.dry_run):
+        PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

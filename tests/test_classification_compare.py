@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from salun.classification import originals
 from salun.classification.attacks.mia import FEATURES
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setup_of
@@ -27,7 +30,7 @@ from salun.classification.table import difference_lines, interval, lines_of, tab
 from salun.classification.unlearn_options import CompareOptions
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError, TrainingError
-from salun.progress import Event, Stage
+from salun.progress import Event, Stage, silent
 from salun.report import charts
 from salun.report.classification import _comparison_headline, comparison_page, run_page
 from salun.runs.cache import Cache
@@ -103,8 +106,8 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
     with pytest.raises(ConfigError, match="has ft twice"):
         variants_of(CompareOptions(methods=["ft", "ft"]))
     assert variants_of(CompareOptions())[0].name == "salun"
-    assert len(variants_of(CompareOptions())) == 16
-    assert [v.name for v in variants_of(CompareOptions(forget="class:3"))][16:] == ["unsir"]  # of whole classes only
+    assert len(variants_of(CompareOptions())) == 17
+    assert [v.name for v in variants_of(CompareOptions(forget="class:3"))][17:] == ["unsir"]  # of whole classes only
 
 
 def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
@@ -252,15 +255,25 @@ def test_an_executor_of_the_caller_finds_the_very_same_and_its_loss_of_a_worker_
     assert without_times(found.metrics) == {**expected, "methods": rows}
 
 
-@pytest.mark.slow
-def test_two_workers_of_dask_find_the_very_same(made: Path, tmp_path: Path) -> None:
+@pytest.mark.packages
+def test_two_workers_of_dask_find_the_very_same_though_one_is_killed_during_a_job(made: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
+    killed: list[int] = []
+
+    def kill(event: Event) -> None:
+        busy = [worker for worker, jobs in client.processing().items() if jobs]
+        if busy and not killed and event.stage is Stage.UNLEARNING and event.step:
+            killed.append(client.run(os.getpid, workers=busy[:1])[busy[0]])
+            os.kill(killed[0], signal.SIGKILL)
+
     common: dict[str, Any] = {**QUICK, "methods": ["ff", "salun@0.1"], "seeds": 2, "relearn": 3, "noise_floor": False}
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
-        found = compare(cache=Cache(tmp_path / "cache"), executor=client.get_executor(pure=False), **common)
+        executor = client.get_executor(pure=False)
+        found = compare(cache=Cache(tmp_path / "cache"), executor=executor, progress=kill, **common)
+    assert len(killed) == 1
     expected = without_times(record_in(made)["metrics"])
     rows = {name: expected["methods"][name] for name in ("ff", "salun@0.1")}
     assert without_times(found.metrics) == {**expected, "methods": rows}
@@ -466,6 +479,28 @@ def test_the_benchmark_tries_the_values_that_its_results_were_made_with() -> Non
     assert done
 
 
+def test_the_benchmark_of_cifar10_compares_from_its_trained_originals_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import cifar10
+
+    for i in range(40):
+        path = tmp_path / "data" / ("train" if i < 30 else "test") / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)).save(path)
+    data, out, threads = str(tmp_path / "data"), tmp_path / "out", torch.get_num_threads()
+    monkeypatch.setitem(cifar10.RECIPE, "train_epochs", 1)
+    try:
+        cifar10.train_originals(data, out, [cifar10.FIRST_SEED], [])
+        monkeypatch.setattr(originals, "train_from_scratch", None)  # not called
+        options = cifar10.comparison(data, "random:0.5", 1, ["ft"], 1)
+        (job,) = jobs_of(options, variants_of(options))["unlearn"]
+        assert setup_of(job.options, Cache(out / "cache")).original(silent).model is not None
+    finally:
+        torch.set_num_threads(threads)
+    assert cifar10.page(tmp_path).count("Not measured yet.\n") == len(cifar10.SETTINGS)
+
+
 def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,6 +535,7 @@ def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_reported(tm
         values[job["options"]["seed"]] += [trial["value"] for trial in job["result"]["tried"]]
         tried = [trial["value"] for trial in job["result"]["tried"]]
         check_result("search", job["result"], 0, summary["option"], tried)
+    assert all(len(job["result"]["tried"]) == 1 for job in jobs)  # a killed one loses no other's training
     assert sorted(values) == [0, 1]
     assert sorted(values[0]) == sorted(values[1]) == [trial["value"] for trial in summary["tried"]]
     assert summary["runs"] == 2 * len(summary["tried"]) > 2 * 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from PIL import Image
 
 from salun.classification.data import ImageData, load_data, presets
 from salun.classification.hub import _label, _source
+from salun.classification.preview import preview_unlearning
 from salun.classification.splits import Split, make_split, remarks, with_forget
+from salun.classification.stages import slow_training
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import ConfigError, DataError, SalunError
 from salun.randomness import generator_of, seed_of
 
@@ -214,6 +218,25 @@ def test_a_class_without_a_training_image_is_refused(tmp_path: Path) -> None:
         make_split(data, 0.5, 0.0, seeds[0])
 
 
+def test_a_split_without_a_test_image_of_a_retained_class_is_refused_before_training(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"cat": [grey(i) for i in range(63)], "dog": [grey(100 + i) for i in range(3)]})
+    untested = next(
+        s for s in range(9) if not {63, 64, 65} & {*make_split(load_data(str(root)), 0.2, 0.1, s).test.tolist()}
+    )
+    options = UnlearnOptions(data=str(root), forget="class:cat", split_seed=untested, model="small")
+    with pytest.raises(DataError, match=r"no test image is of a retained class \(dog\)\. Raise test_share or draw"):
+        preview_unlearning(options)
+
+
+def test_hours_of_training_on_a_cpu_are_reported_with_faster_models(digits: ImageData) -> None:
+    split, options = make_split(digits, 0.2, 0.1, 0), UnlearnOptions(model="resnet18", train_epochs=100_000)
+    (note,) = slow_training(options, digits, split)
+    hours = 0.04 / 16 * len(split.train) * 100_000 / torch.get_num_threads() / 3600
+    assert note.startswith(f"digits: resnet18 takes about {hours:,.0f} h to train on this CPU; --model resnet20")
+    assert not slow_training(replace(options, train_epochs=20), digits, split)
+    assert not slow_training(replace(options, model="small"), digits, split)
+
+
 @pytest.mark.parametrize("of_b", [1, 2, 5])
 def test_tiny_classes_are_split_and_those_without_test_images_reported(of_b: int, tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(100 + i) for i in range(of_b)]})
@@ -226,7 +249,7 @@ def test_tiny_classes_are_split_and_those_without_test_images_reported(of_b: int
             continue
         assert data.labels[split.forget].tolist() == [1] * len(split.forget) != []
         absent = 1 not in data.labels[split.test]
-        assert remarks(data, split) == ["set: the test set has no image of 1 classes: b"] * absent
+        assert remarks(data, split) == ["set: the test set has no image of 1 class: b"] * absent
 
 
 def test_unknown_data_and_missing_libraries_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

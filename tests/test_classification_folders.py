@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from PIL import Image
 from salun.classification import pixel_store
 from salun.classification.compare import compare
 from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import evaluate, train, unlearn
+from salun.classification.experiment import evaluate, setup_of, train, unlearn
 from salun.classification.hub import _renumbered as renumbered
 from salun.classification.labeled import Sample
+from salun.classification.models import load_model, save_model
 from salun.classification.pretrained import folder_of
 from salun.classification.preview import preview_unlearning
-from salun.classification.splits import make_split, remarks, repeated, with_forget
+from salun.classification.splits import make_split, remarks, with_forget
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import Cancelled, ConfigError, DataError
 from salun.progress import Event
@@ -297,24 +299,35 @@ def test_an_image_above_the_limit_of_pixels_is_refused_by_name(side: int, read: 
             load_data(str(root), image_size=8)
 
 
-def test_more_images_than_memory_holds_are_refused_before_they_are_read(
+def test_more_images_than_memory_and_cache_hold_are_refused_and_large_sets_are_decoded_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first image is gray, a later one is in color: all take three planes."""
     root = small_set(tmp_path / "set", each=5)
-    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 639)
-    with pytest.raises(
-        DataError, match=r"set has 10 images of 8×8 pixels, which take 6\.4e-07 GB in memory; 6\.39e-07 GB"
-    ):
+    image_of(9).convert("RGB").save(root / "dog" / "color.png")
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "2111")
+    for free, size in ((703, "7.04e-07"), (2111, "2.11e-06")):
+        monkeypatch.setattr(pixel_store, "_free_memory", lambda free=free: free)
+        with pytest.raises(DataError, match=rf"set has 11 images of 8×8 pixels, which take {size} GB in memory"):
+            load_data(str(root))
+    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 2112)
+    in_memory = load_data(str(root)).images
+    monkeypatch.setattr(pixel_store, "IN_MEMORY", 0)
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "2112")
+    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 0)
+    assert torch.equal(load_data(str(root)).images, in_memory)
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(pixel_store, "_free_disk", lambda folder: 4223)
+    with pytest.raises(DataError, match="in memory; 0 GB are free"):
         load_data(str(root))
-    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 640)
-    assert len(load_data(str(root)).images) == 10
 
 
 def test_decoded_images_are_stored_and_mapped_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_store, "WORTHWHILE", 0.0)
-    monkeypatch.setattr(pixel_store, "SETTLED", 0.0)
+    for name in ("WORTHWHILE", "SETTLED", "IN_MEMORY"):
+        monkeypatch.setattr(pixel_store, name, 0)
     monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
     root = small_set(tmp_path / "set", each=2)
     image_of(9).convert("RGB").save(root / "dog" / "color.png")
@@ -355,6 +368,22 @@ def test_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None
         assert "skipped 2 broken link, pipe or device: cat/pipe.png, cat/zero.png" in notes
 
 
+def test_pixels_are_normalized_by_the_training_images_and_as_a_given_models_file_states(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set")
+    run = train(data=str(root), run_dir=tmp_path / "run", cache=Cache(tmp_path, 0), **QUICK)
+    data = load_data(str(root))
+    pixels = data.images[run.split.train].double() / 255
+    path = tmp_path / "run" / "model.safetensors"
+    stated = load_model(path)[1].pixels
+    assert stated is not None and stated.mean is not None and stated.std is not None
+    assert (stated.mean[0], stated.std[0]) == pytest.approx((float(pixels.mean()), float(pixels.std())), abs=2e-4)
+    assert evaluate(tmp_path / "run")["train"] == run.metrics["train"]
+    other = replace(load_model(path)[1], pixels=replace(stated, mean=(0.25,), std=(2.0,)))
+    save_model(path, run.model, other)
+    preset = setup_of(UnlearnOptions(data=str(root), original=str(path), forget="random:0.5", device="cpu")).data.preset
+    assert (preset["mean"], preset["std"]) == ([0.25], [2.0])
+
+
 def test_skipped_files_and_repeated_images_are_in_record_and_report(tmp_path: Path) -> None:
     root = small_set(tmp_path / "set")
     (root / "cat" / "notes.doc").write_text("text", encoding="utf-8")
@@ -374,10 +403,11 @@ def test_images_of_several_parts_are_counted(tmp_path: Path) -> None:
     fill(tmp_path / "set" / "test" / "a", 1, 2, 6)
     fill(tmp_path / "set" / "test" / "b", 7)
     data = load_data(str(tmp_path / "set"))
-    notes = repeated(data, with_forget(make_split(data, 0.2, 0.0, 0), data, "class:a", 0))
+    notes = remarks(data, with_forget(make_split(data, 0.2, 0.0, 0), data, "class:a", 0))
     assert notes == [
         "set: 1 images of the forget set are also in the retain set (same pixels)",
         "set: 2 images of the forget set are also in the test set (same pixels)",
+        "set: 2 images have the pixels of an image of another class: 003.png (a), 003.png (b)",
     ]
 
 
@@ -461,6 +491,41 @@ def test_rows_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
     assert {"set: the part holdout is not used", "set: the part (no split) is not used"} <= {*data.notes}
 
 
+def folds(root: Path, layout: str) -> Path:
+    """Images 0 to 3 in fold1, 4 and 5 in fold2, 6 and 7 in fold3, of the classes cat and dog in turn."""
+    rows = [
+        {"file_name": f"{v:03}.png", "label": ("cat", "dog")[v % 2], "split": f"fold{max(v // 2, 1)}"} for v in range(8)
+    ]
+    if layout == "table":
+        return fill(table(root, rows), *range(8))
+    for row in rows:
+        part = (row["split"], row["label"]) if layout == "parts of classes" else (row["label"], row["split"])
+        fill(root / part[0] / part[1], int(row["file_name"][:3]))
+    return root
+
+
+@pytest.mark.parametrize("layout", ["table", "parts of classes", "classes of parts"])
+def test_parts_of_any_name_are_chosen_by_an_option(layout: str, tmp_path: Path) -> None:
+    root = folds(tmp_path / "all" / "set", layout)
+    for where, config in ((root, None), (tmp_path / "all", "set")):
+        data = load_data(str(where), data_config=config, split="train=fold1, test=fold3")
+        assert data.classes == ("cat", "dog") and data.own_test is not None
+        assert (sorted(values_of(data)), values_of(data, data.own_test)) == ([0, 1, 2, 3, 6, 7], [6, 7])
+    assert load_data(str(root), split="train=fold2").own_test is None
+    with pytest.raises(DataError, match=r"^split names (fold1, )?fold9, but"):
+        load_data(str(root), split="train=fold1,test=fold9")
+    with pytest.raises(DataError, match=r"data_config is 'other', but .* has no such folder"):
+        load_data(str(root), data_config="other")
+
+
+@pytest.mark.parametrize("text", ["fold1", "test=a", "train=a,test=a", "train=a,holdout=b", "train=", ""])
+def test_an_invalid_choice_of_parts_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"split is .*, but must be train=NAME, with test=NAME or validation=NAME"):
+        load_data("nowhere/here", split=text)
+    with pytest.raises(ConfigError, match=r"split is .*, but digits has none\. Omit it"):
+        load_data("digits", split=text)
+
+
 @pytest.mark.parametrize("mark", ["-1.0", "NaN", "null", "NONE", "N/A"])
 def test_marks_of_missing_labels_are_no_classes(mark: str, tmp_path: Path) -> None:
     rows = [{"file_name": f"{i:03}.png", "label": label} for i, label in enumerate(("a", "b", mark))]
@@ -538,8 +603,17 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     table(root, [{"file_name": "x.png", "kind": "a"}])
     with pytest.raises(DataError, match=r"label_column is 'label', but .* has no such column, only file_name, kind"):
         load_data(str(root), label_column="label")
-    table(root, [{"file_name": "x.png", "label": "a"}])
-    with pytest.raises(DataError, match=r"x\.png cannot be read as an image: not a file"):
+    table(root, [{"filename": "x.png", "label": "a"}])
+    with pytest.raises(DataError, match=r"no column of files, only filename, label.*Name the table's column by im"):
+        load_data(str(root))
+    table(root, [{"file_name": "x.png", "label": ""}, {"file_name": "x.png", "label": "a"}])
+    with pytest.raises(DataError, match=r"metadata\.csv, row 2, names x\.png, which does not exist\. Correct or"):
+        load_data(str(root))
+    (root / "metadata.csv").write_bytes(b"file_name;label\nx.png;a\n")
+    with pytest.raises(DataError, match=r"is separated by semicolons\. Save it with commas"):
+        load_data(str(root))
+    (root / "metadata.csv").write_bytes("file_name,label\nx.png,Bär\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"is not UTF-8\. Save it as UTF-8"):
         load_data(str(root))
 
 
@@ -567,6 +641,16 @@ def test_a_clone_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.M
     names = ["cat", "dog", "unused", "owl"]
     hub_rows([1, 2, 3, 4], [0, 1, 3, 1], names).to_parquet(str(folder / "train-00000-of-00001.parquet"))
     hub_rows([5, 6], [-1, -1], names).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    hub_rows([8, 9], [0, 1], names).to_parquet(str(folder / "fold1.parquet"))
+    folds = load_data(str(tmp_path / "clone"), data_config="plain_text", split="train=fold1,test=train")
+    assert folds.own_test is not None and values_of(folds) == [8, 9, 1, 2, 3, 4]
+    (folder / "fold1.parquet").unlink()
+    hub_rows([8, 9], [0, 1], names).to_parquet(str(tmp_path / "clone" / "fold1.parquet"))
+    with pytest.raises(DataError, match=r"several configurations \(\., plain_text\)\. Choose one by data_config"):
+        load_data(str(tmp_path / "clone"))
+    with pytest.raises(DataError, match=r"data_config is 'x', but .* holds \., plain_text"):
+        load_data(str(tmp_path / "clone"), data_config="x")
+    (tmp_path / "clone" / "fold1.parquet").unlink()
     data = load_data(str(tmp_path / "clone"))
     assert data.classes == ("cat", "dog", "owl")
     assert data.labels.tolist() == [0, 1, 2, 1]

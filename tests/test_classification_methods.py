@@ -229,6 +229,36 @@ def test_one_step_of_gradient_ascent_is_up_the_gradient() -> None:
         torch.testing.assert_close(value, before[name] + 0.5 * gradient[name] / 12)
 
 
+def test_one_step_of_neggrad_plus_is_down_the_retain_sets_gradient_and_up_the_forget_sets() -> None:
+    """θ ← θ − η∇(β·CE(D_r) − (1 − β)·CE(D_f)), for a batch of either; the two ends are FT's and GA's step."""
+    for beta in (0.7, 0.0, 1.0):
+        options = {"epochs": 1, "lr": 0.5, "batch_size": 48, "momentum": 0.0, "weight_decay": 0.0}
+        task = problem("neggrad-plus", neggrad_beta=beta, **options)
+        before = weights(task)
+        of_forget, of_retain = (gradient_sum(task, rows) for rows in (task.split.forget, task.split.retain))
+        run("neggrad-plus", task)
+        for name, value in weights(task).items():
+            step = beta * of_retain[name] / 48 - (1 - beta) * of_forget[name] / 12
+            torch.testing.assert_close(value, before[name] - 0.5 * step)
+
+
+def test_an_epoch_of_neggrad_plus_has_all_of_the_retain_set_once_and_the_forget_set_as_often_as_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[Batch]] = []
+    monkeypatch.setattr(
+        "salun.classification.task.minimize",
+        lambda task, batches, loss: seen.append(list(batches(0, torch.Generator().manual_seed(0)))),
+    )
+    task = problem("neggrad-plus", batch_size=10, train=False)
+    run("neggrad-plus", task)
+    rows = torch.cat([batch.rows for batch in seen[0]])
+    of_forget = torch.isin(rows, task.split.forget)
+    assert sorted(rows[~of_forget].tolist()) == task.split.retain.tolist()
+    assert {*rows[of_forget].tolist()} == {*task.split.forget.tolist()}
+    assert all(torch.equal(task.labels(batch.rows), batch.labels) for batch in seen[0])
+
+
 def test_l1_sparse_makes_weights_small_with_a_penalty_that_ends() -> None:
     norms = []
     for gamma in (0.0, 0.01):
@@ -709,13 +739,6 @@ def test_unsir_forgets_a_class_without_its_images() -> None:
     assert (tasks[0].logits(x).argmax(1) == y).float().mean() > 0.9
 
 
-def test_unsir_refuses_what_is_not_a_class() -> None:
-    task = problem("unsir")
-    task.split = replace(task.split, forget=task.split.forget[:5], retain=task.split.train[1:], forgetting="rows.json")
-    with pytest.raises(ConfigError, match=r"forget is rows\.json, and other images of its classes are retained, but"):
-        run("unsir", task)
-    split = replace(problem("unsir").split, forgetting="random:0.1")
-    with pytest.raises(ConfigError, match=r"is random:0\.1, but UNSIR forgets whole classes only\. Use class:NAME"):
-        METHODS["unsir"].resolved(UnlearnOptions(method="unsir"), split)
+def test_unsir_needs_two_epochs() -> None:
     with pytest.raises(ConfigError, match="epochs is 1, but UNSIR impairs in its first epoch"):
         run("unsir", problem("unsir", epochs=1))

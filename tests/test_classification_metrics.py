@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from salun.attacks import ATTACKS, requested
-from salun.classification.attacks.mia import called_non_member, features
+from salun.classification.attacks.mia import called_non_member, features, fitted_attack
 from salun.classification.data import ImageData
 from salun.classification.metrics import confusion, evaluate_classifier, gap_to_retrain
 from salun.classification.predictions import Predicted
@@ -49,6 +49,16 @@ def test_mia_is_an_rbf_svc_with_c_3_and_gamma_auto() -> None:
     found = called_non_member(members, others, forgotten)
     assert np.array_equal(found, svc.predict(forgotten) == 0)
     assert 0 < found.sum() < 40
+
+
+def test_mias_attack_on_features_that_repeat_decides_as_one_on_all_rows() -> None:
+    random = np.random.default_rng(0)
+    members, others = ((random.random((n, 1)) < p).astype(float) for n, p in ((900, 0.9), (800, 0.6)))
+    svc = SVC(C=3, gamma="auto", kernel="rbf").fit(np.r_[members, others], [1] * 900 + [0] * 800)
+    attack, points = fitted_attack(members, others), np.array([[0.0], [1.0]])
+    assert len(attack.support_) <= 4 < len(svc.support_)
+    np.testing.assert_allclose(attack.decision_function(points), svc.decision_function(points), atol=1e-3)
+    assert attack.predict(points).tolist() == svc.predict(points).tolist() == [0, 1]
 
 
 class Recites(nn.Module):

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from salun.checkpoints import safetensors_io
 from salun.classification import models
 from salun.classification.data import ImageData, load_data
+from salun.classification.experiment import evaluate, unlearn
 from salun.classification.models import (
     Preprocessing,
     Pretrained,
@@ -29,6 +31,7 @@ from salun.classification.models import (
 from salun.classification.originals import given_original
 from salun.classification.splits import Split, make_split
 from salun.errors import ConfigError, DataError, ModelError
+from salun.runs.cache import Cache
 
 TRAINING: dict[str, Any] = {
     "model": "small", "train_epochs": 1, "train_lr": 0.1, "train_batch_size": 8, "augment": "none", "momentum": 0.9,
@@ -279,7 +282,7 @@ def test_models_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.packages
-def test_a_timm_model_is_one_like_the_others() -> None:
+def test_a_timm_model_is_one_like_the_others(tmp_path: Path) -> None:
     try:
         import timm  # noqa: F401
     except (ImportError, RuntimeError):  # a torchvision made for another torch raises the latter
@@ -289,3 +292,12 @@ def test_a_timm_model_is_one_like_the_others() -> None:
     assert any(not torch.equal(made[0][k], made[2][k]) for k in made[0])
     with pytest.raises(ModelError, match="timm cannot build 'no-such-model'"):
         new_model("timm:no-such-model", 1, 10, seed=0)
+    for i in range(40):
+        path = tmp_path / "data" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 5 * i, 200 - i)).save(path)
+    options: dict[str, Any] = {"model": "timm:resnet10t", "train_epochs": 1, "epochs": 1, "device": "cpu"}
+    options |= {"data": str(tmp_path / "data"), "forget": "random:0.2", "run_dir": tmp_path / "run"}
+    done = unlearn(cache=Cache(tmp_path / "cache"), **options)
+    assert 0 < done.record.more["moved"] <= 0.5
+    assert evaluate(tmp_path / "run")["UA"] == done.metrics["UA"]

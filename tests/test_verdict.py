@@ -440,21 +440,27 @@ def judged(
     return found
 
 
-def classifier(gap: float, idle: float, ta: float = 90.0) -> dict[str, Any]:
-    """Metrics of an unlearned classifier with these mean gaps to Retrain, whose accuracy on test images is 90 %."""
+def classifier(gap: float, idle: float, ta: float = 90.0, n: int = 500) -> dict[str, Any]:
+    """Metrics of an unlearned classifier with these mean gaps to Retrain, whose accuracy on test images is 90 %.
+    n: images of the forget set.
+    """
     sides = {name: Estimate(value, 500, value - 2, value + 2).as_json() for name, value in (("TA", ta), ("RA", 99.0))}
     retrain = {**sides, "TA": Estimate(90, 500, 88, 92).as_json()}
-    ua = Estimate(50, 500, 45, 55).as_json()
-    return {**sides, "UA": ua, "original": {"UA": ua}, "retrain": retrain, "gap_mean": gap, "gap_original": idle}
+    ua = Estimate.percentage(np.arange(n) % 2 == 0).as_json()
+    gaps = {"gap_mean": gap, "gap_original": idle}
+    return {**sides, "UA": ua, "MIA": ua, "original": {**sides, "UA": ua, "MIA": ua}, "retrain": retrain, **gaps}
 
 
 @pytest.mark.parametrize(
     ("metrics", "outcome", "says"),
     [
         (classifier(1.2, 48), "erased", "1.20 points, that of the original, which forgot nothing, 48.00"),
-        (classifier(2.0, 4), "mostly erased", ""),
-        (classifier(3.5, 4), "barely changed", ""),
-        (classifier(3.33, 0.2), "damaged", ""),
+        (classifier(20, 40), "mostly erased", ""),
+        (classifier(35, 40), "barely changed", ""),
+        (classifier(8.0, 0.2), "damaged", ""),
+        (classifier(50, 48), "barely changed", ""),
+        (classifier(9, 16, n=20), "can't tell", "16.00: too few images to tell (n = 20)"),
+        (classifier(1, 48, n=20), "erased", ""),
         (classifier(0.4, 0.2), "can't tell", "there was nothing to forget"),
         (classifier(3, 48, ta=70), "damaged", "accuracy on test images is 70.0 %, of Retrain 90.0 %"),
         ({**classifier(0, 0), "gap_mean": None, "reason": "no Retrain"}, "can't tell", "unknown: no Retrain"),

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from salun.classification.data import ImageData, load_data
+from salun.classification.data import ImageData, data_of
 from salun.classification.experiment import ExperimentSetup, facts_of, setup_of
 from salun.classification.jobs import Job, JobRunner, Kind, ResultStore
 from salun.classification.models import new_model, weights_digest
 from salun.classification.plan import forget_of
-from salun.classification.search import check_search, merged, next_round, rounds, with_value
+from salun.classification.search import check_search, merged, next_round, of_one_seed, rounds, with_value
 from salun.classification.splits import make_split, with_forget
 from salun.classification.stages import comparison_stages
-from salun.classification.table import table_of, tables_of
+from salun.classification.table import Results, table_of, tables_of
 from salun.classification.unlearn_options import NOT_COMPARED, CompareOptions, UnlearnOptions
 from salun.compute.device import pick_device
 from salun.display import shown
@@ -170,7 +170,7 @@ def compare(
     cache = cache or Cache.of_user()
     if resume and run_dir is None:
         raise ConfigError("needs the run folder of the comparison", option="resume", advice="Set {run_dir}")
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data_of(options)
     options = with_class_named(options, data)
     variants = variants_of(options)
     jobs = jobs_of(options, variants)
@@ -197,9 +197,7 @@ def compare(
         unlearned = _with_failed_searches(jobs["unlearn"], done, searched)
         results = {v.name: _by_seed(jobs["unlearn"], unlearned, v.name) for v in variants}
         exact_results, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
-        record.metrics = table_of(results, exact_results, searched, {v.name: title_of(v) for v in variants}, floor)
-        verdict = verdict_on_comparison(record.metrics)
-        record.metrics["verdict"] = verdict.as_json() if verdict is not None else None
+        record.metrics = _metrics_of(results, exact_results, searched, variants, floor)
         record.notes = first.notes + store.notes
         record.notes += _failures({"Retrain": exact_results, "Retrain of another seed": floor, **results})
         if folder is not None:
@@ -207,6 +205,19 @@ def compare(
             page = {**record.as_json(), "status": "done"}, tables_of(record.metrics), rows, results, exact_results
             comparison_page(*page, data.classes).save(folder / "report.html")
     return Comparison(record.metrics, record)
+
+
+def _metrics_of(
+    results: Mapping[str, Results],
+    exact: Results,
+    searched: Mapping[str, Mapping[str, Any]],
+    variants: Sequence[Variant],
+    floor: Results,
+) -> dict[str, Any]:
+    """The table, and the verdict on it."""
+    table = table_of(results, exact, searched, {variant.name: title_of(variant) for variant in variants}, floor)
+    verdict = verdict_on_comparison(table)
+    return {**table, "verdict": verdict.as_json() if verdict is not None else None}
 
 
 def _searched(
@@ -220,21 +231,27 @@ def _searched(
     searches: dict[str, dict[str, Any]] = {}
     round_number = 0
     while values:
-        jobs = [
-            replace(job, name=f"{job.name}-{round_number}", values=tuple(values[job.variant]))
-            for job in first
-            if job.variant in values
-        ]
-        results = runner.done(jobs, Stage.SEARCHING)
+        jobs = {job: jobs_of_round(job, values[job.variant], round_number) for job in first if job.variant in values}
+        results = runner.done([each for group in jobs.values() for each in group], Stage.SEARCHING)
         for name in values:
-            group = [results[job.name] for job in jobs if job.variant == name]
-            searches[name] = merged(group, searches.get(name))
+            seeds = [of_one_seed([results[each.name] for each in jobs[job]]) for job in jobs if job.variant == name]
+            searches[name] = merged(seeds, searches.get(name))
         next_rounds = {
             name: next_round(searching[name], searches[name]) for name in values if "error" not in searches[name]
         }
         values = {name: group for name, group in next_rounds.items() if group}
         round_number += 1
     return searches
+
+
+def jobs_of_round(job: Job, values: Sequence[float], number: int) -> list[Job]:
+    """The jobs that try these values at a search's seed: one for each, so that a killed one loses no other's training.
+
+    One for all of a method that does not train: its trials are short, and share what they count.
+    """
+    if not METHODS["classification"][job.options.method].trains:
+        return [replace(job, name=f"{job.name}-{number}", values=tuple(values))]
+    return [replace(job, name=f"{job.name}-{number}-{i}", values=(value,)) for i, value in enumerate(values)]
 
 
 def _with_failed_searches(

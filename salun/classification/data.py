@@ -14,8 +14,9 @@ import torch
 from salun.classification import clutter
 from salun.classification.folders import from_folder
 from salun.classification.hub import from_hub, is_saved, parquet_files
-from salun.classification.labeled import ImageData
-from salun.classification.tables import from_tables, tables_in
+from salun.classification.labeled import ImageData, given_parts
+from salun.classification.options import TrainOptions
+from salun.classification.tables import UnusedTable, from_tables, tables_in
 from salun.errors import ConfigError, DataError
 from salun.extras import install_command
 from salun.images import list_images
@@ -34,63 +35,95 @@ def presets() -> dict[str, Any]:
 
 
 def load_data(
-    name: str, image_size: int | None = None, image_column: str | None = None, label_column: str | None = None
+    name: str,
+    image_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    data_config: str | None = None,
+    split: str | None = None,
 ) -> ImageData:
     """The data set of a name: `digits`, `clutter`, a preset, a folder (see `_from_folder`), or a hub id.
 
     image_size: pixels a side to which images are resized. image_column, label_column: of a table, or of a Hugging Face
-    data set without a preset. Raises DataError if it does not exist or cannot be used, ConfigError for a size of
-    `digits` or `clutter`.
+    data set without a preset. data_config: a configuration on the hub, or a folder in the folder. split: as of
+    `given_parts`. Raises DataError if it does not exist or cannot be used, ConfigError for an option that `digits` or
+    `clutter` do not have, or an invalid split.
     """
     known, others = presets()["datasets"], presets()["others"]
     if name in EMBEDDED:
-        if image_size is not None:
-            raise ConfigError(
-                f"is {image_size}, but the images of {name} are not resized", option="image_size", advice="Omit it"
-            )
+        _check_embedded(name, image_size=image_size, data_config=data_config, split=split)
         return replace(EMBEDDED[name](), preset=known[name])
-    columns = {key: value for key, value in (("image", image_column), ("label", label_column)) if value}
+    given = {"image": image_column, "label": label_column, "config": data_config, "split": given_parts(split)}
+    given = {key: value for key, value in given.items() if value}
     if name in known:
-        return from_hub(name, known[name] | columns, image_size)
+        return from_hub(name, known[name] | given, image_size)
     path = as_spelled(Path(name).expanduser())
     if path.is_dir():
-        return _from_folder(name, path, others | columns, image_size)
+        return _from_folder(name, path, others | given, image_size)
     if name.count("/") == 1:
-        return from_hub(name, others | {"repo": name} | columns, image_size)
+        return from_hub(name, others | {"repo": name} | given, image_size)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"give a folder, a hub id, or one of {', '.join(known)}"
     raise DataError(f"there is no data set {name!r}: {hint}")
 
 
+def data_of(options: TrainOptions) -> ImageData:
+    """The data set that options name. Raises as `load_data`."""
+    return load_data(*arguments_of(options))
+
+
+def arguments_of(options: TrainOptions) -> tuple[Any, ...]:
+    """The arguments of `load_data` that options give."""
+    columns = options.image_column, options.label_column
+    return options.data, options.image_size, *columns, options.data_config, options.split
+
+
+def _check_embedded(name: str, **options: Any) -> None:
+    """Raises ConfigError for an option that an embedded data set does not have."""
+    why = {"image_size": f"the images of {name} are not resized"}
+    for option, value in options.items():
+        if value is not None:
+            reason = why.get(option, f"{name} has none")
+            raise ConfigError(f"is {value}, but {reason}", option=option, advice="Omit it")
+
+
 def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int | None) -> ImageData:
     """A folder that `save_to_disk` wrote, a clone of a hub's repository, or images in a folder for each class."""
+    config = preset.get("config")
+    if config and not is_saved(path) and (path / config).is_dir():
+        path, preset = path / config, {key: value for key, value in preset.items() if key != "config"}
+    elif config and not is_saved(path) and not parquet_files(path):
+        raise DataError(f"is {config!r}, but {path} has no such folder", option="data_config")
     try:
         if is_saved(path):
             return from_hub(name, preset | {"repo": str(path)}, image_size)
         tables = tables_in(path)
-        unused: tuple[str, ...] = ()
+        unused: UnusedTable | None = None
         if tables:
-            result = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
+            result = from_tables(path, tables, image_size, preset)
             if isinstance(result, ImageData):
                 return result
-            unused = (result,)
+            unused = result
         if parquet_files(path) and not list_images(path).files:
             data = from_hub(name, preset | {"repo": str(path)}, image_size)
         else:
             data = _from_class_folders(path, image_size, preset, unused)
-        return replace(data, notes=(*data.notes, *unused))
+        return replace(data, notes=(*data.notes, unused.note)) if unused is not None else data
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _from_class_folders(
-    path: Path, image_size: int | None, preset: dict[str, Any], unused: tuple[str, ...]
+    path: Path, image_size: int | None, preset: dict[str, Any], unused: UnusedTable | None
 ) -> ImageData:
-    """As `from_folder`; its errors also name the table that is not used."""
+    """As `from_folder`; its errors also name the table that is not used, and the option that may make it of use."""
     try:
         return from_folder(path, image_size, preset)
     except DataError as error:
-        raise DataError("; ".join([error.message, *unused]), option=error.option, advice=error.advice) from error
+        if unused is None:
+            raise
+        message, advice = f"{error.message}; {unused.note}", f"Name the table's column by {{{unused.option}}}"
+        raise DataError(message, option=error.option, advice=advice) from error
 
 
 def _digits() -> ImageData:

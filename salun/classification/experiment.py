@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from salun.attacks import requested
-from salun.classification.data import ImageData, load_data
+from salun.classification.data import ImageData, data_of
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.metrics import accuracies, evaluate_classifier, gap_to_retrain
 from salun.classification.models import (
+    Preprocessing,
     WeightFileInfo,
     is_builtin,
     load_model,
@@ -32,8 +33,8 @@ from salun.classification.options import TrainOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
-from salun.classification.splits import Split, make_split, remarks, with_forget
-from salun.classification.stages import training_stages, unlearning_stages
+from salun.classification.splits import Split, check_retained_test_rows, make_split, remarks, with_forget
+from salun.classification.stages import slow_training, training_stages, unlearning_stages
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
@@ -82,7 +83,8 @@ class ExperimentSetup:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the data and the split."""
-        return [*self.data.notes, *remarks(self.data, self.split)]
+        slow = slow_training(self.recipe, self.data, self.split) if self.given is None else []
+        return [*self.data.notes, *remarks(self.data, self.split), *slow]
 
     def original(self, progress: Progress) -> Original:
         """The model to unlearn from: given, from the cache, or trained now."""
@@ -102,9 +104,10 @@ class ExperimentSetup:
 
 def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> ExperimentSetup:
     """Load the data, if it is not given, draw the split and resolve the options. Raises as `train`."""
-    data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data or data_of(options)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     split = with_forget(split, data, forget_of(options, data), options.seed)
+    check_retained_test_rows(split, data)
     given = None
     if options.original is not None:
         given = given_original(options.original, data, split, options.allow_pickle)
@@ -120,7 +123,8 @@ def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageDat
                 advice=f"If you trust it, set {{model}} to {literal(began)}; otherwise set {{retrain}} to no",
             )
     recipe = replace(options, **training) if training is not None and known_recipe(training) else options
-    data = _prepared(data, options, pick_device(options.device))
+    pixels = given.facts.pixels or Preprocessing() if given else None
+    data = _prepared(data, options, split, pixels)
     return ExperimentSetup(options, recipe, data, split, given, no_retrain, cache or Cache.of_user())
 
 
@@ -159,7 +163,8 @@ def train(
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
         progress(Event(Stage.PLANNING, stages=training_stages(full, split)))
-        _tell(record, [*data.notes, *remarks(data, split)], progress, Stage.PLANNING)
+        notes = [*data.notes, *remarks(data, split), *slow_training(full, data, split)]
+        _tell(record, notes, progress, Stage.PLANNING)
         with record.stage(Stage.TRAINING):
             original = trained(full, data, split, cache, progress, Stage.TRAINING)
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}
@@ -172,10 +177,10 @@ def train(
 
 def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split]:
     """The resolved options of a training, its data on the device, and its split. Raises as `train`."""
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    data = data_of(options)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     full = resolve_options(UnlearnOptions(**asdict(options)), data, split)
-    return full, _prepared(data, full, pick_device(full.device)), split
+    return full, _prepared(data, full, split), split
 
 
 def unlearn(
@@ -256,7 +261,7 @@ def evaluate(
     options: UnlearnOptions = from_mapping(
         UnlearnOptions, {**known, "data": data or known["data"], "device": device}, str(folder / "run.json")
     )
-    images = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    images = data_of(options)
     split = Split.load(folder / "split.json")
     if split.data != images.digest:
         raise DataError(f"the data set {options.data} has changed since {folder} was made")
@@ -267,8 +272,8 @@ def evaluate(
             f"{folder / 'split.json'} is not the split that {folder / 'model.safetensors'} was made with: one of them "
             "has been changed, or is of another run"
         )
-    where = pick_device(options.device)
-    task = _task(Original(model, facts), _prepared(images, options, where), split, options, progress)
+    images = _prepared(images, options, split, facts.pixels or Preprocessing())
+    task = _task(Original(model, facts), images, split, options, progress)
     metrics = evaluate_classifier(task) if len(split.forget) else accuracies(task)
     write_bytes(folder / "eval.json", (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
@@ -313,9 +318,18 @@ def _task(
     return Task(placed, data, split, options, fresh, progress, dtype, recipe=recipe)
 
 
-def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) -> ImageData:
-    """The data on the device, with the options' augmentation."""
-    return replace(data.to(device), preset={**data.preset, "augment": options.augment})
+def _prepared(data: ImageData, options: UnlearnOptions, split: Split, pixels: Preprocessing | None = None) -> ImageData:
+    """The data on the device, with the options' augmentation, and the mean and standard deviation of its pixels.
+
+    pixels: as the file of a given model states them; None without such a model: then those of the training images, if
+    the data set's are not known.
+    """
+    preset = {**data.preset, "augment": options.augment}
+    if pixels is not None and pixels.mean is not None and pixels.std is not None:
+        preset |= {"mean": list(pixels.mean), "std": list(pixels.std)}
+    elif pixels is None and preset.get("counted"):
+        preset["mean"], preset["std"] = data.statistics(split.train)
+    return replace(data.to(pick_device(options.device)), preset=preset)
 
 
 def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Original | None = None) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_of, roles_of
+from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_in, role_of, roles_of
 from salun.errors import DataError, some
 from salun.images import counted, list_images, visible_folders
 
@@ -31,7 +32,7 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
     class folder, for a class without images, parts of different classes, an image that is in two classes by a link,
     folders with two possible readings, and what `assembled` raises.
     """
-    layout = layout_of(folder)
+    layout = layout_of(folder, preset.get("split", {}))
     first = layout.parts["train"]
     if not first:
         raise DataError(f"{folder} has no labels: put the images of each class into a sub-folder named after it")
@@ -41,14 +42,20 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
     for role, folders in layout.parts.items():
         if set(folders) != set(classes):
             other = sorted({*classes} ^ {*folders})
-            raise DataError(f"{folder}: the {role} part has other classes than the train part: {some(other)}")
+            raise DataError(
+                f"{folder}: the {role} part has other classes than the train part: {some(other)}",
+                advice="Give both parts a folder for each class, and no other",
+            )
         _check_classes(folder, folders)
         parts[role] = []
         for label, name in enumerate(classes):
             listing = list_images(folders[name])
             if not listing.files:
                 held = "".join(f"; skipped: {line}" for line in counted(listing.skipped))
-                raise DataError(f"the class {name!r} is empty: {folders[name]} holds no image{held}")
+                raise DataError(
+                    f"the class {name!r} is empty: {folders[name]} holds no image{held}",
+                    advice="Add images to it, or remove the folder",
+                )
             parts[role] += [Sample(path, str(path), label) for path in listing.files]
             for reason, names in listing.skipped.items():
                 skipped.setdefault(reason, []).extend(f"{folders[name].relative_to(folder)}/{file}" for file in names)
@@ -87,53 +94,65 @@ def _links_to_known_images(parts: dict[str, list[Sample]], classes: list[str]) -
     return again
 
 
-def layout_of(folder: Path) -> Layout:
-    """The parts and classes of a folder, which may be nested in further folders inside it."""
+def layout_of(folder: Path, given: Mapping[str, str]) -> Layout:
+    """The parts and classes of a folder, which may be nested in further folders inside it. given: as of `role_in`."""
     root = folder
     for _ in range(_DEEPEST):
-        layout = _parts_of_classes(root) or _classes_of_parts(root)
+        layout = _parts_of_classes(root, given) or _classes_of_parts(root, given)
         if layout is not None:
             return layout
         names = visible_folders(root)
         if len(names) != 1:
             break
         root = root / names[0]
+    if given:
+        raise DataError(
+            f"names {some([*given.values()])}, but {folder} has neither such parts with folders of classes, nor "
+            "classes with such parts",
+            option="split",
+        )
     return Layout({"train": {name: folder / name for name in visible_folders(folder)}}, [])
 
 
-def _parts_of_classes(root: Path) -> Layout | None:
+def _parts_of_classes(root: Path, given: Mapping[str, str]) -> Layout | None:
     """Of `train/cats`, `train/dogs`, `val/cats` …; None for other folders. A class may be named train, too."""
     names = visible_folders(root)
-    named = [name for name in names if role_of(name) is not None]
+    named = [name for name in names if role_in(name, given) is not None]
     splits = [name for name in named if _holds_classes(root / name)]
     if not splits:
-        if named and len(named) == len(names):
+        if named and (given or len(named) == len(names)):
             raise DataError(
                 f"{root / named[0]} has no labels: put the images of each class into a sub-folder named after it"
             )
         return None
     others = [name for name in names if name not in splits]
     full = [name for name in others if list_images(root / name).files]
-    if full:
+    if full and not given:
         raise DataError(
             f"{root} holds {some(splits)} with a folder for each class, as parts to train and test on, but also images "
             f"in {some(full)}: move these away, or, if all are classes, rename {splits[0]}"
         )
-    roles, notes = roles_of(splits, root.name)
-    notes += [f"{root.name}: the folder {name} holds no image and is not used" for name in others]
+    roles, notes = roles_of(splits, root.name, given)
+    notes += [
+        f"{root.name}: the folder {name} {'has not been named' if name in full else 'holds no image'} and is not used"
+        for name in others
+    ]
     return Layout({role: _classes_in(root / name) for role, name in roles.items()}, notes)
 
 
-def _classes_of_parts(root: Path) -> Layout | None:
+def _classes_of_parts(root: Path, given: Mapping[str, str]) -> Layout | None:
     """Of `cats/train`, `cats/test`, `dogs/train` …; None for other folders, such as one around `train` and `test`."""
     inner = {name: visible_folders(root / name) for name in visible_folders(root)}
     if len(inner) < 2:
         return None
-    split = [name for name in inner if inner[name] and all(map(role_of, inner[name]))]
+    if given:
+        inner = {name: [part for part in parts if role_in(part, given)] for name, parts in inner.items()}
+    split = [name for name in inner if inner[name] and all(role_in(part, given) for part in inner[name])]
     names: dict[str, str] = {}
     for part in sorted({part for name in split for part in inner[name]}):
         names.setdefault(part.casefold(), part)
-    if len({role_of(part) for part in names}) < 2 or not any(role_of(part) == "train" for part in names):
+    roles_here = {role_in(part, given) for part in names.values()}
+    if "train" not in roles_here or (len(roles_here) < 2 and not given):
         return None
     undivided = [name for name in inner if name not in split and list_images(root / name).files]
     if undivided:
@@ -141,7 +160,7 @@ def _classes_of_parts(root: Path) -> Layout | None:
             f"{root}: the class {split[0]!r} has the parts {some(inner[split[0]])}, but {undivided[0]!r} has none: "
             "give every class the same parts"
         )
-    roles, notes = roles_of(list(names.values()), root.name)
+    roles, notes = roles_of(list(names.values()), root.name, given)
     parts: dict[str, dict[str, Path]] = {}
     for role, part in roles.items():
         parts[role] = {

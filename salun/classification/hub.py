@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salun.classification.labeled import ROLES, ImageData, Sample, assembled, role_of, roles_of
+from salun.classification.labeled import NAME_PARTS, ROLES, ImageData, Sample, assembled, role_in, role_of, roles_of
 from salun.errors import DataError, some
 from salun.extras import install_command
 from salun.images import LFS, Source, is_hidden
@@ -44,10 +44,11 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
         raise DataError(
             f"the data set {name!r} needs the package datasets", advice=install_command("datasets")
         ) from error
-    splits = _splits(name, preset)
-    if "train" not in {role_of(split) for split in splits}:
-        raise DataError(f"the data set {name!r} has no part named train, only {', '.join(map(str, splits))}")
-    first = next(part for split, part in splits.items() if role_of(split) == "train")
+    splits, given = _splits(name, preset), preset.get("split", {})
+    first = next((part for split, part in splits.items() if role_in(split, given) == "train"), None)
+    if first is None:
+        wanted, listed = given.get("train", "train"), ", ".join(map(str, splits))
+        raise DataError(f"the data set {name!r} has no part named {wanted}, only {listed}", advice=NAME_PARTS)
     image = _column(name, "image", preset.get("image"), first.features, datasets.Image)
     label = _column(name, "label", preset.get("label"), first.features, datasets.ClassLabel)
     if not len(first):
@@ -63,9 +64,9 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
             notes.append(f"{name}: skipped {missing} of {len(labels)} images of the part {split}: no label (−1)")
         if missing < len(labels):
             used[split] = (part, labels)
-    if "train" not in map(role_of, used):
+    if "train" not in {role_in(split, given) for split in used}:
         raise DataError(f"the data set {name!r} has no image with a label in its part train")
-    roles, more = roles_of(list(used), name)
+    roles, more = roles_of(list(used), name, given)
     for role in (role for role in ROLES if role in roles):
         part, labels = used[roles[role]]
         if isinstance(part.features[image], datasets.Image):  # the library's decoder has no limits on size or format
@@ -89,42 +90,53 @@ def _splits(name: str, preset: Mapping[str, Any]) -> dict[str, Any]:
         if not folder.is_dir():
             parts = datasets.load_dataset(repo, preset.get("config"))
         elif is_saved(folder):
+            if preset.get("config"):
+                raise DataError(
+                    f"is {preset['config']!r}, but {folder} was saved without configurations",
+                    option="data_config",
+                    advice="Omit it",
+                )
             parts = datasets.load_from_disk(repo)
         else:  # by the format's name: a folder's own script is never run
-            parts = datasets.load_dataset("parquet", data_files=_parts_of_files(folder))
+            files = _parts_of_files(folder, preset.get("config"), preset.get("split", {}))
+            parts = datasets.load_dataset("parquet", data_files=files)
     except DataError:
         raise
     except Exception as error:  # the library passes on the errors of its many back ends
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        of_configurations = "config" in lines[0].casefold()
+        reason = " ".join(lines[: 2 if of_configurations else 1])
         if folder.is_dir() and _without_images(folder):
             raise DataError(f"the data set {name!r} is empty: its part train has no image") from error
         way = "read" if folder.is_dir() else "fetched"
-        raise DataError(f"the data set {name!r} could not be {way}: {reason}") from error
+        advice = "Choose one by {data_config}" if of_configurations else ""
+        raise DataError(f"the data set {name!r} could not be {way}: {reason}", advice=advice) from error
     return dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
 
 
-def _parts_of_files(folder: Path) -> dict[str, list[str]]:
+def _parts_of_files(folder: Path, config: str | None, given: Mapping[str, str]) -> dict[str, list[str]]:
     """part → parquet files, by the names that the hub gives: `data/train-00000-of-00001.parquet`, `train/0000.parquet`.
 
-    Raises DataError for several configurations, and for files whose content Git LFS has not fetched.
+    Raises DataError for several configurations without a choice, and for files whose content Git LFS has not fetched.
     """
-    parts: dict[str, list[str]] = {}
-    configurations: dict[str, None] = {}
+    configurations: dict[str, dict[str, list[str]]] = {}
     for path in parquet_files(folder):
         with path.open("rb") as file:
             if file.read(len(LFS)) == LFS:
                 raise DataError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in {folder}")
         way = path.relative_to(folder).parts[:-1]
-        stem = re.sub(r"(-\d+-of-\d+|[-_.]?\d+)$", "", path.stem)
-        named = next((part for part in (*reversed(way), stem) if role_of(part) is not None), None)
-        parts.setdefault(re.sub(r"\W", "_", named or stem) or "train", []).append(str(path))
-        configurations["/".join(part for part in way if role_of(part) is None and part != "data")] = None
-    if len(configurations) > 1:
-        names = [name or "." for name in configurations]
-        raise DataError(
-            f"{folder} holds several configurations ({some(names, 5)})", advice="Set {data} to the folder of one"
-        )
-    if len(parts) == 1 and role_of(next(iter(parts))) is None:
+        stem = re.sub(r"-\d+-of-\d+$" if path.stem in given.values() else r"(-\d+-of-\d+|[-_.]?\d+)$", "", path.stem)
+        named = next((part for part in (*reversed(way), stem) if role_in(part, given) is not None), None)
+        part = named if given and named else re.sub(r"\W", "_", named or stem) or "train"
+        name = "/".join(part for part in way if role_in(part, given) is None and part != "data")
+        configurations.setdefault(name, {}).setdefault(part, []).append(str(path))
+    listed = some([name or "." for name in configurations], 5)
+    if config is not None and config not in configurations:
+        raise DataError(f"is {config!r}, but {folder} holds {listed}", option="data_config")
+    if config is None and len(configurations) > 1:
+        raise DataError(f"{folder} holds several configurations ({listed})", advice="Choose one by {data_config}")
+    parts = configurations[config if config is not None else next(iter(configurations))]
+    if len(parts) == 1 and not given and role_of(next(iter(parts))) is None:
         parts = {"train": next(iter(parts.values()))}
     return parts
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from salun.classification.data import ImageData, load_data
+from salun.classification.data import ImageData, arguments_of, load_data
 from salun.classification.experiment import (
     ExperimentSetup,
     forget,
@@ -261,7 +261,7 @@ def _in_worker(job: Job, cache: Cache) -> dict[str, Any]:
             raise Cancelled("stopped")
 
     options = job.options
-    data = _loaded(options.data, options.image_size, options.image_column, options.label_column)
+    data = _loaded(*arguments_of(options))
     return run_job(job, cache, data, check_stop)
 
 

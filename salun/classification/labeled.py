@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.classification.pixel_store import pixels_of
-from salun.errors import DataError
+from salun.errors import ConfigError, DataError, some
 from salun.images import Source
 from salun.runs.cache import Cache
 from salun.user_text import composed
@@ -24,6 +25,8 @@ _SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
+COUNTED = 5000  # training images, evenly spaced, that mean and std are counted of
+NAME_PARTS = "Name the parts by {split}, such as train=NAME,test=NAME"
 _FILLERS = {"set", "data", "dataset", "split", "images", "imgs", "folder", "seg"}  # as in train_set, seg_train
 
 
@@ -33,7 +36,8 @@ class ImageData:
 
     images: uint8 (n, c, h, w). labels: int64 (n,). classes: names by label. own_test, own_validation: rows of the data
     set's own test and validation part, None where it has none. preset: mean, std, augment, model and train, from
-    `datasets.yaml`. notes: what a user should know about how the data was read.
+    `datasets.yaml`. notes: what a user should know about how the data was read. names: of each row's image in messages,
+    () where images have none.
     """
 
     name: str
@@ -44,6 +48,7 @@ class ImageData:
     own_validation: Tensor | None = None
     preset: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -63,6 +68,10 @@ class ImageData:
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def image_name(self, row: int) -> str:
+        """A row's image in messages: its file without the folder, or the row's number."""
+        return Path(self.names[row]).name if self.names else f"row {row}"
+
     def to(self, device: torch.device) -> ImageData:
         """The same data on a device. Rows may be given on any device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -75,6 +84,18 @@ class ImageData:
         """(pixels/255 − mean) / std of uint8 images."""
         mean, std = (torch.tensor(self.preset[key], device=images.device).view(-1, 1, 1) for key in ("mean", "std"))
         return (images.float() / 255 - mean) / std
+
+    def statistics(self, rows: Tensor) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the pixels, from 0 to 1, of each channel; of many rows, of COUNTED of them."""
+        counts = torch.zeros(self.channels, 256, dtype=torch.int64)
+        for part in rows[:: max(len(rows) // COUNTED, 1)].split(256):
+            images = self.images[part.to(self.images.device)].cpu()
+            for channel in range(self.channels):
+                counts[channel] += torch.bincount(images[:, channel].flatten(), minlength=256)
+        levels, weights = torch.arange(256, dtype=torch.float64) / 255, counts / counts.sum(1, keepdim=True)
+        mean = (weights * levels).sum(1)
+        std = (weights * (levels - mean[:, None]).square()).sum(1).sqrt().clamp(min=1 / 255)
+        return [round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()]
 
     def augmented(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """As `images_of`, each shifted by up to an eighth of its size, padded black; with crop-flip half mirrored."""
@@ -133,7 +154,8 @@ def assembled(
     given_parts = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
     lines = (*notes, *(f"{name}: {line}" for line in (*alike(classes), *traits)))
-    return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines)
+    names = tuple(sample.name for sample in samples)
+    return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines, names=names)
 
 
 def alike(classes: Sequence[str]) -> list[str]:
@@ -151,25 +173,50 @@ def role_of(name: str) -> str | None:
     return _SPLIT_NAMES.get(terms[0]) if len(terms) == 1 else None
 
 
-def roles_of(names: Sequence[str], where: str) -> tuple[dict[str, str], list[str]]:
+def given_parts(text: str | None) -> dict[str, str]:
+    """role → name of the part with that role, by the option `split`; empty where that is not given.
+
+    Raises ConfigError for other texts than train=NAME, with test=NAME or validation=NAME after commas.
+    """
+    pairs = [[side.strip() for side in item.partition("=")[::2]] for item in (text or "").split(",")]
+    parts = {role: name for role, name in pairs if name}
+    if text is not None and (len({*parts.values()}) < len(pairs) or not {"train"} <= {*parts} <= {*ROLES}):
+        raise ConfigError(
+            f"is {text!r}, but must be train=NAME, with test=NAME or validation=NAME after commas", option="split"
+        )
+    return parts
+
+
+def role_in(name: str, given: Mapping[str, str]) -> str | None:
+    """The role of a part: as of `role_of`, or by `given_parts` if there are any."""
+    return next((role for role, part in given.items() if part == name), None) if given else role_of(name)
+
+
+def roles_of(names: Sequence[str], where: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """role → name of the part with that role, and notes that report this.
 
-    A validation part without a test part is the test part, as such data sets are published. Raises DataError without a
-    training part, or with two parts for one role.
+    A validation part without a test part is the test part, as such data sets are published, if none are given. Raises
+    DataError without a training part, with two parts for one role, or for a given part that does not exist.
     """
+    missing = [part for part in given.values() if part not in names]
+    if missing:
+        raise DataError(f"names {missing[0]}, but {where} has only the parts {some(names, 10)}", option="split")
     roles: dict[str, str] = {}
     notes = []
     for name in names:
-        role = role_of(name)
+        role = role_in(name, given)
         if role is None:
             notes.append(f"{where}: the part {name} is not used")
         elif role in roles:
-            raise DataError(f"{where} has two {role} parts, {roles[role]} and {name}: keep one of them")
+            raise DataError(
+                f"{where} has two {role} parts, {roles[role]} and {name}",
+                advice="Keep one of them, or choose by {split}",
+            )
         else:
             roles[role] = name
     if "train" not in roles:
-        raise DataError(f"{where} has no part named train, only {', '.join(names)}: rename the one to train on")
-    if "validation" in roles and "test" not in roles:
+        raise DataError(f"{where} has no part named train, only {', '.join(names)}", advice=NAME_PARTS)
+    if "validation" in roles and "test" not in roles and not given:
         roles["test"] = roles.pop("validation")
     validation = roles.get("validation", f"drawn from {roles['train']} (validation_share)")
     test = roles.get("test", f"drawn from {roles['train']} (test_share)")

@@ -49,7 +49,7 @@ def layers_of(mask: Mask) -> dict[str, list[int]]:
 
 
 def saliency_losses(task: Task) -> Iterator[tuple[Tensor, int]]:
-    """−CE of the forget set by the original in eval mode, a batch at a time with its size (SalUn, eq. 4)."""
+    """−CE of the forget set by the original in eval mode, a batch at a time with its size (SalUn, eq. 3)."""
     return ((-loss, n) for loss, n in _losses(task, task.split.forget))
 
 

@@ -27,6 +27,13 @@ class TrainOptions(DeviceOptions):
     label_column: str | None = option(
         None, "Column of labels of a Hugging Face data set or metadata.csv (default: detected)"
     )
+    data_config: str | None = option(
+        None, "Configuration of a Hugging Face data set, or folder in the data's folder (default: the only one)"
+    )
+    split: str | None = option(
+        None,
+        "Parts of the data by role, such as train=fold1,test=fold2 or validation=NAME (default: by their names)",
+    )
     image_size: int | None = option(
         None, "Side length in pixels that images are resized to (default: no resizing)", minimum=4, maximum=1024
     )
@@ -97,7 +104,7 @@ class TaskOptions(TrainOptions):
     epochs: int | None = option(None, "Epochs of unlearning (default: the method's)", minimum=1, maximum=100_000)
     lr: float | None = option(None, "Learning rate of unlearning (default: the method's)", above=0, maximum=10)
     batch_size: int | None = option(
-        None, "Batch size of unlearning (default: the data set's)", minimum=2, maximum=65_536
+        None, "Batch size of unlearning (default: the data set's; JiT: 16)", minimum=2, maximum=65_536
     )
     relearn: int = option(
         0,

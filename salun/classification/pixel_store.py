@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +29,11 @@ from salun.runs.cache import Cache, key_of
 
 FORMAT = "salun-pixels-1"
 WORTHWHILE = 1.0  # seconds of decoding from which images are stored
+IN_MEMORY = 2**28  # bytes up to which images are decoded in memory
 SETTLED = 2.0  # seconds since a file's last change: within less, a clock's steps may hide another one
 
 Named = tuple[Source, str]
+logger = logging.getLogger("salun")
 
 
 def pixels_of(sources: Sequence[Named], where: str, size: int | None, cache: Cache) -> tuple[Tensor, list[str]]:
@@ -36,17 +43,17 @@ def pixels_of(sources: Sequence[Named], where: str, size: int | None, cache: Cac
         sources: Each with its name in messages.
         where: The data set, in messages.
         size: Pixels a side to which they are resized; None where they have one size.
-        cache: Where decoded images are stored.
+        cache: Where decoded images are stored; large sets are decoded there, not in memory.
 
     Raises:
-        DataError: As `read_images`, or they do not fit into memory.
+        DataError: As `read_images`, or they fit neither into memory nor into the cache.
     """
     began, key = time.time(), _key_of(sources, size)
     stored = cache.load(key, _read)
     if stored is not None:
         return stored
     clock = time.perf_counter()
-    images, traits = _decoded(sources, where, size)
+    images, traits = _decoded(sources, where, size, cache)
     if time.perf_counter() - clock < WORTHWHILE or _last_change(sources) > began - SETTLED:
         return images, traits
     if _key_of(sources, size) != key:  # a file was replaced meanwhile
@@ -93,33 +100,58 @@ def _decoders() -> list[str]:
     return versions
 
 
-def _decoded(sources: Sequence[Named], where: str, size: int | None) -> tuple[Tensor, list[str]]:
-    """As `pixels_of`, read from the sources. In memory once."""
+def _decoded(sources: Sequence[Named], where: str, size: int | None, cache: Cache) -> tuple[Tensor, list[str]]:
+    """As `pixels_of`, read from the sources. Held once, except while gray images are copied at the first color one."""
     traits: dict[str, list[str]] = {}
-    images = np.empty((0, 1, 1, 1), np.uint8)
+    images = np.empty((0, 0, 1, 1), np.uint8)
     for i, (pixels, more) in enumerate(read_images(sources, where, size)):
         planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        if not i:
-            _check_memory(len(sources), planes, where)
-            images = np.empty((len(sources), *planes.shape), np.uint8)
-        elif len(planes) > images.shape[1]:  # the first color after gray ones
-            images = np.repeat(images, 3, 1)
+        if len(planes) > images.shape[1]:  # the first image, or the first color after gray ones
+            before, images = images, _room((len(sources), *planes.shape), where, cache)
+            if i:
+                images[:i] = before[:i]
         images[i] = planes
         for trait in more:
             traits.setdefault(trait, []).append(sources[i][1])
     return torch.from_numpy(images), counted(traits)
 
 
-def _check_memory(count: int, image: np.ndarray, where: str) -> None:
-    """Raises DataError for more decoded images than fit into memory, hours before the system would end the process."""
-    size, free = count * image.nbytes, _free_memory()
+def _room(shape: tuple[int, ...], where: str, cache: Cache) -> np.ndarray:
+    """An array for all images: in memory, or for large sets that the cache may hold in a file without a name there.
+
+    Raises DataError if they fit into neither, hours before the system would end the process.
+    """
+    (count, _, h, w), size = shape, prod(shape)
+    if IN_MEMORY < size <= cache.limit:
+        try:
+            return _mapped(shape, cache.folder)
+        except OSError as error:
+            logger.info("%s: images are decoded in memory, as %s holds no such file: %s", where, cache.folder, error)
+    free = _free_memory()
     if size > free:
-        (_, h, w) = image.shape
+        limit = f"; larger sets than {cache.limit / 1e9:.3g} GB (SALUN_CACHE_SIZE) are not decoded on disk"
         raise DataError(
             f"{where} has {count:,} images of {w}×{h} pixels, which take {size / 1e9:.3g} GB in memory; "
-            f"{free / 1e9:.3g} GB are free",
+            f"{free / 1e9:.3g} GB are free{limit if size > cache.limit else ''}",
             advice="Choose a smaller {image_size}, or fewer images",
         )
+    return np.empty(shape, np.uint8)
+
+
+def _mapped(shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    """An array in a new file of a folder, which vanishes with it. Raises OSError if the disk has no room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = prod(shape)
+    if _free_disk(folder) < 2 * size:  # the entry is a copy
+        raise OSError(f"{2 * size / 1e9:.3g} GB are needed, {_free_disk(folder) / 1e9:.3g} GB are free")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills up meanwhile would end the process
+            os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _free_disk(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def _free_memory() -> int:

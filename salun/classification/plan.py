@@ -67,12 +67,25 @@ def resolve_options(
             raise ConfigError(
                 f"is {getattr(options, name)}, but the method {method.title} has none", option=name, advice="Omit it"
             )
+    if method.whole_classes:
+        _check_whole_classes(method.title, data, split)
     chosen = {name: value for name, value in known.items() if getattr(options, name) is None}
     full = replace(options, **chosen)
     full = replace(full, **method.resolved(full, split))
     if full.search:
         check_search(full, data, split)
     return full
+
+
+def _check_whole_classes(title: str, data: ImageData, split: Split) -> None:
+    """Raises ConfigError for a forget set of whose classes other images are retained."""
+    labels = data.labels.cpu()
+    if torch.isin(labels[split.forget], labels[split.retain]).any():
+        raise ConfigError(
+            f"is {split.forgetting}, but {title} forgets whole classes only, and other images of these are retained",
+            option="forget",
+            advice="Use class:NAME or another {method}",
+        )
 
 
 def _check_agrees(name: str, value: Any, trained: Any) -> None:

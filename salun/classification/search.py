@@ -192,6 +192,15 @@ def merged(results: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | Non
     }
 
 
+def of_one_seed(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The result of `trials` with one seed from results that have some of its values each; the first error, if any."""
+    failed = next((result for result in results if "error" in result), None)
+    if failed is not None:
+        return failed
+    tried = [trial for result in results for trial in result["tried"]]
+    return {**results[0], "tried": tried, "seconds": sum(result["seconds"] for result in results)}
+
+
 def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values[name] for values in metrics) / len(metrics) for name in COMPARED}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from itertools import combinations
@@ -98,7 +99,10 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     training part is empty, or there is only one class.
     """
     if len(data.classes) < 2:
-        raise DataError(f"{data.name} has only one class ({''.join(data.classes)}), but a classifier needs two or more")
+        raise DataError(
+            f"{data.name} has only one class ({''.join(data.classes)}), but a classifier needs two or more",
+            advice="Add images of another class",
+        )
     n, generator = len(data.labels), generator_of(seed, "split")
     given_parts = [rows for rows in (data.own_test, data.own_validation) if rows is not None]
     others = torch.ones(n, dtype=torch.bool)
@@ -152,6 +156,17 @@ def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
     if not len(retain):
         raise ConfigError(f"is {wish}, which is every training image, but some must be retained", option="forget")
     return replace(split, forget=forget, retain=retain, forgetting=wish)
+
+
+def check_retained_test_rows(split: Split, data: ImageData) -> None:
+    """Raises DataError if no test image is of a retained class: TA and MIA would have nothing to be measured on."""
+    if len(split.retained_test_rows(data.labels)):
+        return
+    retained = [data.classes[label] for label in data.labels.cpu()[split.retain].unique().tolist()]
+    raise DataError(
+        f"{data.name}: no test image is of a retained class ({some(retained)})",
+        advice="Raise {test_share} or draw another split by {split_seed}",
+    )
 
 
 def _random(train: Tensor, value: str, seed: int) -> Tensor:
@@ -211,29 +226,47 @@ def _equals(name: str, number: int) -> bool:
 
 
 def remarks(data: ImageData, split: Split) -> list[str]:
-    """What a user should know of a split: images in two of its parts, and classes that TA does not show, as the test
-    set has none of their images.
+    """What a user should know of a split: images in two of its parts, images in two classes, and classes that TA does
+    not show, as the test set has none of their images.
     """
     counts = torch.bincount(data.labels.cpu()[split.test], minlength=len(data.classes))
     names = [data.classes[i] for i in (counts == 0).nonzero().view(-1).tolist()]
-    absent = [f"{data.name}: the test set has no image of {len(names)} classes: {some(names)}"] if names else []
-    return [*repeated(data, split), *absent]
-
-
-def repeated(data: ImageData, split: Split) -> list[str]:
-    """A note for each pair of parts with common images: how many images of one have the pixels of one of the other."""
+    number = "1 class" if len(names) == 1 else f"{len(names)} classes"
+    absent = [f"{data.name}: the test set has no image of {number}: {some(names)}"] if names else []
     images = data.images.cpu().contiguous().numpy()
+    rows = torch.cat([split.train, split.validation, split.test]).tolist()
+    digests = {row: hashlib.sha256(images[row]).digest() for row in rows}
+    return [*_in_two_parts(data, split, digests), *_in_two_classes(data, digests), *absent]
+
+
+def _in_two_parts(data: ImageData, split: Split, digests: Mapping[int, bytes]) -> list[str]:
+    """A note for each pair of parts with common images: how many images of one have the pixels of one of the other."""
     held = {
-        part: {row: hashlib.sha256(images[row]).digest() for row in getattr(split, part).tolist()}
+        part: [digests[row] for row in getattr(split, part).tolist()]
         for part in ("forget", "retain", "validation", "test")
     }
     lines = []
     for first, second in combinations(held, 2):
-        both = {*held[first].values()} & {*held[second].values()}
-        count = sum(digest in both for digest in held[first].values())
+        both = {*held[first]} & {*held[second]}
+        count = sum(digest in both for digest in held[first])
         if count:
             lines.append(f"{data.name}: {count:,} images of the {first} set are also in the {second} set (same pixels)")
     return lines
+
+
+def _in_two_classes(data: ImageData, digests: Mapping[int, bytes]) -> list[str]:
+    """A note on images of equal pixels and different labels, with the first two, as most likely a label is wrong."""
+    labels = data.labels.tolist()
+    rows_of: dict[bytes, list[int]] = {}
+    for row in sorted(digests):
+        rows_of.setdefault(digests[row], []).append(row)
+    groups = [rows for rows in rows_of.values() if len({labels[row] for row in rows}) > 1]
+    if not groups:
+        return []
+    first = groups[0][0]
+    second = next(row for row in groups[0] if labels[row] != labels[first])
+    shown = ", ".join(f"{data.image_name(row)} ({data.classes[labels[row]]})" for row in (first, second))
+    return [f"{data.name}: {sum(map(len, groups)):,} images have the pixels of an image of another class: {shown}"]
 
 
 def _listed(path: Path, split: Split, n: int) -> Tensor:

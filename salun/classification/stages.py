@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from salun.classification.masks import BATCH
 from salun.classification.search import FURTHER
 from salun.methods import METHODS
@@ -13,12 +15,14 @@ from salun.options import BY_GRADIENT
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
+    from salun.classification.data import ImageData
     from salun.classification.options import TaskOptions
     from salun.classification.splits import Split
     from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 
 READ = 3  # passes over the images that a method without epochs takes, about
 LATER = FURTHER + 2  # values that a search may try after its first round
+RESNET18_SECONDS = 0.04  # of an image of 32×32 in training on a core, by its operations from ResNet-20's 3 ms
 
 
 def training_stages(recipe: UnlearnOptions, split: Split) -> list[StageCost]:
@@ -72,6 +76,18 @@ def comparison_stages(options: CompareOptions, rows: Sequence[tuple[UnlearnOptio
         most = searching * (values + LATER * len(rows))
         stages.append(StageCost(Stage.SEARCHING, searching * values, backward=searching * passes, most=most))
     return [*stages, StageCost(Stage.UNLEARNING, seeds * len(rows), backward=seeds * sum(each), guessed=True)]
+
+
+def slow_training(options: TaskOptions, data: ImageData, split: Split) -> list[str]:
+    """A note where a model trains for hours on a CPU, with the names of faster ones. options: resolved."""
+    if data.images.device.type != "cpu" or options.model != "resnet18":
+        return []
+    pixels = data.images.shape[2] * data.images.shape[3] / 32**2
+    hours = RESNET18_SECONDS * pixels * len(split.train) * (options.train_epochs or 1) / torch.get_num_threads() / 3600
+    if hours < 1:
+        return []
+    faster = "--model resnet20 or small is faster"
+    return [f"{data.name}: resnet18 takes about {hours:,.0f} h to train on this CPU; {faster}"]
 
 
 def passes_of(options: TaskOptions, split: Split) -> int:

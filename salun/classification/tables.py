@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_of, roles_of
+from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_in, roles_of
 from salun.errors import DataError, some
 from salun.images import counted, is_hidden, list_images, shown
 from salun.untrusted import parse_json
@@ -21,8 +22,18 @@ NO_SPLIT = "(no split)"  # of rows whose column `split` is empty, where others' 
 MOST_BYTES = 2**28  # of a table
 _DEEPEST = 3  # folders below the data set's, as in data/train/metadata.csv
 
+SEPARATORS = {";": "semicolons", "\t": "tabs"}  # of files that other programs call CSV
+
 Row = dict[str, Any]
 Labeled = tuple[str, Path, str]  # part, image file, label
+
+
+@dataclass(frozen=True)
+class UnusedTable:
+    """Why a table is not used, and the option that names the column which it seems to lack."""
+
+    note: str
+    option: str
 
 
 def tables_in(folder: Path) -> list[Path]:
@@ -37,38 +48,23 @@ def from_tables(
     tables: Sequence[Path],
     image_size: int | None,
     preset: dict[str, Any],
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> ImageData | str:
-    """A data set from its tables; a note on one without a column of image files or labels, if none is requested.
+) -> ImageData | UnusedTable:
+    """A data set from its tables; `UnusedTable` for one without a column of files or labels, if none is requested.
     A row's part is its column `split`, or a folder in its file's path with a part's name. Raises DataError for a table
-    that cannot be read, a row with a file outside the folder or more than one label, an image with two labels, and what
-    `assembled` raises.
+    that cannot be read, a row with a missing file, one outside the folder or more than one label, an image with two
+    labels, and what `assembled` raises.
     """
-    name, rows = folder.resolve().name, []
+    name, rows, given = folder.resolve().name, list[tuple[str, Path, Any]](), preset.get("split", {})
     for table in tables:
-        read = _rows(table)
-        columns = list(dict.fromkeys(column for row in read for column in row))
-        file = _column(table, columns, image_column, FILE_COLUMNS, "image_column")
-        label = _column(table, columns, label_column, LABEL_COLUMNS, "label_column")
-        if file is None or label is None:
-            what = f"has no column of {'files' if file is None else 'labels'}, only {some(columns, 10)}"
-            if image_column is None and label_column is None:
-                return f"{name}: the table {shown(table, folder)} {what}, and is not used"
-            raise DataError(f"{table} {what}")
-        divided = any(_filled(row.get("split")) for row in read)
-        for number, row in enumerate(read, 1):
-            if isinstance(row.get(label), (list, dict)):
-                raise DataError(
-                    f"{table}: the label of image {number} is {row[label]!r:.40}, but must be a name or a number",
-                    advice="A classifier has one label per image",
-                )
-            rows.append((_part(folder, table, row, file, divided), _path(table, row, file), row.get(label)))
+        read = _read(table, folder, preset)
+        if isinstance(read, UnusedTable):
+            return read
+        rows += read
     labeled = [(part, path, text) for part, path, label in rows if (text := _filled(label))]
     if not labeled:
         raise DataError(f"{folder}: no row of {tables[0].name} has a label")
     known = _once(_whole_numbers(labeled), folder)
-    roles, notes = roles_of(list(dict.fromkeys(part for part, _, _ in known)), name)
+    roles, notes = roles_of(list(dict.fromkeys(part for part, _, _ in known)), name, given)
     if len(labeled) < len(rows):
         notes.append(f"{name}: skipped {len(rows) - len(labeled)} images without a label")
     if len(known) < len(labeled):
@@ -91,6 +87,39 @@ def from_tables(
     return assembled(name, parts, classes, image_size, notes, preset)
 
 
+def _read(table: Path, folder: Path, preset: dict[str, Any]) -> list[tuple[str, Path, Any]] | UnusedTable:
+    """The part, file and label of each row of a table."""
+    read, image, label = _rows(table), preset.get("image"), preset.get("label")
+    columns = list(dict.fromkeys(column for row in read for column in row))
+    of_files = _column(table, columns, image, FILE_COLUMNS, "image_column")
+    of_labels = _column(table, columns, label, LABEL_COLUMNS, "label_column")
+    if of_files is None or of_labels is None:
+        what, option = ("files", "image_column") if of_files is None else ("labels", "label_column")
+        what = f"has no column of {what}, only {some(columns, 10)}"
+        if image is None and label is None:
+            note = f"{folder.resolve().name}: the table {shown(table, folder)} {what}, and is not used"
+            return UnusedTable(note, option)
+        raise DataError(f"{table} {what}", advice=f"Name it by {{{option}}}")
+    default = NO_SPLIT if any(_filled(row.get("split")) for row in read) else "train"
+    rows = []
+    for number, row in enumerate(read, 1):
+        value, path = row.get(of_labels), _path(table, row, of_files)
+        if isinstance(value, (list, dict)):
+            raise DataError(
+                f"{table}: the label of image {number} is {value!r:.40}, but must be a name or a number",
+                advice="A classifier has one label per image",
+            )
+        if _filled(value) and not path.is_file():
+            raise DataError(
+                f"{table}, row {number}, names {shown(path, table.parent)}, which does not exist",
+                advice="Correct or remove the row",
+            )
+        way = path.relative_to(folder).parts[:-1]
+        of_folder = next((part for part in way if role_in(part, preset.get("split", {})) is not None), default)
+        rows.append((_filled(row.get("split")) or of_folder, path, value))
+    return rows
+
+
 def _rows(table: Path) -> list[Row]:
     try:
         if table.stat().st_size > MOST_BYTES:
@@ -98,8 +127,13 @@ def _rows(table: Path) -> list[Row]:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True) if table.suffix == ".csv" else _json_lines(file)
             rows = [{column.strip(): value for column, value in row.items() if column is not None} for row in reader]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is not UTF-8", advice="Save it as UTF-8") from error
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{table} cannot be read: {error}") from error
+    for separator, plural in SEPARATORS.items() if table.suffix == ".csv" else ():
+        if rows and len(rows[0]) == 1 and separator in next(iter(rows[0])):
+            raise DataError(f"{table} is separated by {plural}", advice="Save it with commas")
     return rows
 
 
@@ -124,14 +158,6 @@ def _path(table: Path, row: Row, column: str) -> Path:
     if named.is_absolute() or ".." in named.parts or not row.get(column):
         raise DataError(f"{table} names the file {str(named)!r}, which is not inside its folder")
     return table.parent.joinpath(*named.parts)
-
-
-def _part(folder: Path, table: Path, row: Row, column: str, divided: bool) -> str:
-    """The name of a row's part. divided: whether the table has a column `split` with values in it."""
-    if split := _filled(row.get("split")):
-        return split
-    way = _path(table, row, column).relative_to(folder).parts[:-1]
-    return next((part for part in way if role_of(part) is not None), NO_SPLIT if divided else "train")
 
 
 def _whole_numbers(rows: list[Labeled]) -> list[Labeled]:

@@ -18,7 +18,7 @@ from salun.classification.splits import Split
 from salun.classification.training_state import TrainingState
 from salun.compute.device import pick_dtype
 from salun.masking.mask import Mask
-from salun.masking.training import MakeOptimizer, TrainingSettings, by_step, constant, cosine_decay, train
+from salun.masking.training import MakeOptimizer, Schedule, TrainingSettings, by_step, constant, cosine_decay, train
 from salun.masking.training_state import LossRow
 from salun.progress import Progress, Stage, silent
 from salun.randomness import generator_of, seed_of
@@ -142,8 +142,7 @@ def minimize(
     """SGD (momentum, weight decay) on `loss` over the task's masked weights; leaves the model in eval mode.
 
     Args:
-        batches: Each epoch's batches.
-        loss: What is minimized of a batch.
+        batches, loss: Each epoch's batches, and what is minimized of one.
         epochs, lr, batchnorm: By default the task's options.
         cosine: Whether the rate falls to 0 along a half cosine.
         factors: Of the rate, for each epoch.
@@ -160,9 +159,8 @@ def minimize(
     epochs, lr = epochs or options.epochs, lr or options.lr
     assert epochs is not None and lr is not None
     epoch_of = [epoch for epoch in range(epochs) for _ in batches(epoch, torch.Generator())]
-    rate = cosine_decay(lr, len(epoch_of)) if cosine else constant(lr)
-    rate = by_step([lr * factors[epoch] for epoch in epoch_of]) if factors is not None else rate
-    settings = TrainingSettings(len(epoch_of), rate, _sgd(task, lr), {}, soft_density, mode="pack", stage=stage)
+    rates = _rates(lr, epoch_of, cosine, factors)
+    settings = TrainingSettings(len(epoch_of), rates, _sgd(task, lr), {}, soft_density, mode="pack", stage=stage)
     samples: Iterator[tuple[Batch, Tensor]] = iter(())
     current = dict[int, tuple[Batch, Tensor]]()
 
@@ -184,6 +182,13 @@ def minimize(
         trained = train(parameters, mask, losses, settings, task.progress, stop=stop, state=saved)
     task.history += _epoch_means(trained.history, epoch_of)
     task.model.eval()
+
+
+def _rates(lr: float, epoch_of: Sequence[int], cosine: bool, factors: Sequence[float] | None) -> Schedule:
+    """The learning rate of each step, as of `minimize`. epoch_of: the epoch of each step."""
+    if factors is not None:
+        return by_step([lr * factors[epoch] for epoch in epoch_of])
+    return cosine_decay(lr, len(epoch_of)) if cosine else constant(lr)
 
 
 def _sgd(task: Task, lr: float) -> MakeOptimizer:

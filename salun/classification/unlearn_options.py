@@ -71,7 +71,8 @@ _SHARED = {  # title → options, in the order in which hosts show them
     "Mask": ("mask", "density"),
     "Options of single methods": (),
     "Data": (
-        "data", "image_column", "label_column", "image_size", "test_share", "validation_share", "split_seed",
+        "data", "data_config", "split", "image_column", "label_column", "image_size",
+        "test_share", "validation_share", "split_seed",
     ),
     "Model": ("original", "model", "allow_pickle", "train_epochs", "train_lr", "train_batch_size", "augment",
               "momentum", "weight_decay"),

@@ -93,7 +93,7 @@ def saliency_losses(
     seed: int,
     processes: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, int]]:
-    """−MSE(target, (1+w)·ε(x_t, c_f) − w·ε(x_t, ∅)) over the forget set, `passes` times, t uniform (SalUn eq. 5).
+    """−MSE(target, (1+w)·ε(x_t, c_f) − w·ε(x_t, ∅)) over the forget set, `passes` times, t uniform (SalUn eq. 3).
 
     Yields (mean loss, samples). Guidance is inside the loss, so the empty prompt's pass carries gradients too; both
     passes share one batch. Several processes take turns with the batches.

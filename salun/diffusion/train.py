@@ -99,7 +99,8 @@ def training_images(options: ClassTrainOptions) -> tuple[ClassImages, list[str]]
     from salun.classification.splits import make_split
 
     size = None if options.data in EMBEDDED else options.image_size
-    data = load_data(options.data, size, options.image_column, options.label_column)
+    columns = options.image_column, options.label_column
+    data = load_data(options.data, size, *columns, options.data_config, options.split)
     rows = make_split(data, options.test_share, 0.0, options.split_seed).train
     left_out = [_class(name, data.classes) for name in options.without]
     rows = rows[~torch.isin(data.labels[rows], torch.tensor(left_out, dtype=torch.long))]

@@ -40,6 +40,10 @@ class ClassTrainOptions(DeviceOptions):
     without: list[str] = option(
         [], "Class that is left out, by name or as class:NUMBER: a model retrained without it; repeatable"
     )
+    data_config: str | None = option(
+        None, "Configuration of a Hugging Face data set, or folder in the data's folder", auto="the only one"
+    )
+    split: str | None = option(None, "Parts of the data by role, such as train=fold1,test=fold2", auto="by their names")
     image_column: str | None = option(None, "Column of images of a Hugging Face data set or metadata.csv")
     label_column: str | None = option(None, "Column of labels of a Hugging Face data set or metadata.csv")
     test_share: float = option(
@@ -136,7 +140,18 @@ def _numbers(text: str, name: str) -> list[int]:
 
 
 GROUPS = {
-    "Data": ("data", "preset", "without", "image_size", "image_column", "label_column", "test_share", "split_seed"),
+    "Data": (
+        "data",
+        "preset",
+        "without",
+        "data_config",
+        "split",
+        "image_size",
+        "image_column",
+        "label_column",
+        "test_share",
+        "split_seed",
+    ),
     "Network": ("width", "widths", "layers", "dropout", "attention", "prediction_type"),
     "Training": (
         "steps",

@@ -10,6 +10,7 @@ from salun.evaluation.estimate import Estimate, from_json
 from salun.evaluation.further_sets import DAMAGE
 from salun.evaluation.verdict import Outcome, Verdict
 
+COMPARED = ("UA", "RA", "TA", "MIA")  # what the mean gap is of
 CLOSE = 1.0  # percentage points of the mean gap: as near to Retrain as one run can tell
 ERASED, MOSTLY = 0.2, 0.7  # of the original's gap
 
@@ -19,6 +20,7 @@ ADVICE = {
     Outcome.BARELY: "Let {search} choose the method's strength, or raise {lr}",
     Outcome.DAMAGED: "Lower {lr} or {epochs}, or let {search} choose the method's strength",
 }
+MORE = "Forget more images, or compare over several seeds by `salun classify-compare`"
 NOTHING = "Set {forget} to a class, or {data} to clutter, where there is something to forget"
 
 
@@ -26,7 +28,8 @@ def verdict_on_classifier(metrics: Mapping[str, Any]) -> Verdict:
     """The verdict on an unlearned classifier's metrics, as in `run.json`.
 
     The gap is the mean over UA, RA, TA and MIA of the distance to Retrain, in percentage points. It says nothing where
-    the original's own gap is small: then there was nothing to forget.
+    the original's own gap is small: then there was nothing to forget. Nor where the sets are so small that the
+    intervals of the two gaps overlap, unless these are narrow enough to show that little has changed.
     """
     gap, idle = metrics["gap_mean"], metrics["gap_original"]
     if gap is None or idle is None:
@@ -39,17 +42,33 @@ def verdict_on_classifier(metrics: Mapping[str, Any]) -> Verdict:
         return _verdict(Outcome.DAMAGED, f"{distance}; {lost}")
     if idle <= CLOSE and gap <= idle + CLOSE:
         return Verdict(Outcome.UNKNOWN, f"{distance}: there was nothing to forget", NOTHING)
-    return _verdict(gap_outcome(gap, idle), distance)
+    error = hypot(gap_half_width(metrics, metrics["retrain"]), gap_half_width(metrics["original"], metrics["retrain"]))
+    if abs(gap - idle) <= error and error > (1 - MOSTLY) * idle:
+        fewest = min(int(metrics[name]["n"]) for name in COMPARED if name in metrics)
+        return Verdict(Outcome.UNKNOWN, f"{distance}: too few images to tell (n = {fewest})", MORE)
+    return _verdict(gap_outcome(gap, idle, error=error), distance)
 
 
-def gap_outcome(gap: float, idle: float, chance: float = CLOSE) -> Outcome:
+def gap_half_width(model: Mapping[str, Any], retrain: Mapping[str, Any]) -> float:
+    """Half the width of the 95 % interval of a model's mean gap to Retrain, as if its parts were independent."""
+    widths = [
+        value.half_width
+        for name in COMPARED
+        for side in (model, retrain)
+        if isinstance(value := from_json(side.get(name)), Estimate)
+    ]
+    return hypot(*widths) / len(COMPARED)
+
+
+def gap_outcome(gap: float, idle: float, chance: float = CLOSE, error: float = 0.0) -> Outcome:
     """What a mean gap to Retrain means.
 
     Args:
         gap, idle: Of the unlearned model and of the original, in percentage points.
         chance: The gap that exact unlearning has too.
+        error: Half the width of the interval of the difference between the two.
     """
-    if gap > idle + CLOSE:
+    if gap > idle + max(CLOSE, error):
         return Outcome.DAMAGED
     if gap <= max(chance, ERASED * idle):
         return Outcome.ERASED

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salun.evaluation.estimate import from_json
-from salun.evaluation.retrain_verdict import verdict_on_classifier, verdict_on_comparison
+from salun.evaluation.retrain_verdict import COMPARED, verdict_on_classifier, verdict_on_comparison
 from salun.report import charts
 from salun.report.density import summed
 from salun.report.metrics import banner_of
 from salun.report.render import Report, Section, loss_series, page
 
-COMPARED = ("UA", "RA", "TA", "MIA")
 MEANING = (
     "UA: error on the forget set. RA: accuracy on the retain set. TA: accuracy on test images. MIA: percentage of the "
     "forget set that an attack classifies as never trained on. Each is best where it equals that of Retrain, the model "

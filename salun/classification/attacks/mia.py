@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from salun.classification.predictions import Predicted, SplitPredictions
 from salun.errors import DataError
 from salun.evaluation.estimate import Estimate
 from salun.extras import install_command
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 FEATURES = ("confidence", "entropy", "modified_entropy", "correctness", "probability")
 
@@ -61,14 +64,24 @@ def called_non_member(members: np.ndarray, others: np.ndarray, forgotten: np.nda
     Raises:
         DataError: scikit-learn is not installed.
     """
+    non_members: np.ndarray = fitted_attack(members, others).predict(forgotten) == 0
+    return non_members
+
+
+def fitted_attack(members: np.ndarray, others: np.ndarray) -> SVC:
+    """The SVC of `called_non_member`. Features that repeat, as correctness, which has two values, are fitted once and
+    weighted by their count: the same problem, with a few points in place of thousands.
+    """
     try:
         from sklearn.svm import SVC
     except ImportError as error:
         raise DataError("the MIA needs scikit-learn", advice=install_command("classification")) from error
     attack = SVC(C=3, gamma="auto", kernel="rbf")
-    attack.fit(np.concatenate([members, others]), np.r_[np.ones(len(members)), np.zeros(len(others))])
-    non_members: np.ndarray = attack.predict(forgotten) == 0
-    return non_members
+    x, y = np.concatenate([members, others]), np.r_[np.ones(len(members)), np.zeros(len(others))]
+    unique, counts = np.unique(np.column_stack([x, y]), axis=0, return_counts=True)
+    if 2 * len(unique) <= len(x):
+        return attack.fit(unique[:, :-1], unique[:, -1], sample_weight=counts)
+    return attack.fit(x, y)
 
 
 def infer_membership(target: SplitPredictions, options: MiaOptions) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def jit(task: Task, options: JitOptions) -> None:
     """JiT (Foster et al. 2024, Lipschitz regularization): min_θ E_x,ε ‖f_θ(x) − f_θ(x + ε)‖₂ / ‖ε‖₂ over D_f.
 
     ε ~ N(0, σ²), N of them for each image and step; f gives logits. It lowers the local Lipschitz constant around the
-    images to be forgotten. The paper takes a step for each image, here a step is of a batch.
+    images to be forgotten. The paper takes a step for each image, here a step is of a batch, by default of 16 images,
+    each of which takes the memory of 1 + N.
     """
     import torch
 

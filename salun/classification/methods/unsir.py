@@ -33,9 +33,7 @@ class UnsirOptions(Checked):
 
 
 def resolve(options: UnsirOptions, shared: TaskOptions, split: Split) -> UnsirOptions:
-    """Raises ConfigError for a random forget set, and for fewer epochs than UNSIR has phases."""
-    if split.forgetting.startswith("random:"):
-        raise _not_a_class(f"is {split.forgetting}")
+    """Raises ConfigError for fewer epochs than UNSIR has phases."""
     check_epochs(shared.epochs)
     return options
 
@@ -50,12 +48,6 @@ def check_epochs(epochs: int | None) -> None:
         )
 
 
-def _not_a_class(what: str) -> ConfigError:
-    return ConfigError(
-        f"{what}, but UNSIR forgets whole classes only", option="forget", advice="Use class:NAME or another {method}"
-    )
-
-
 def unsir(task: Task, options: UnsirOptions) -> None:
     """UNSIR (Tarun et al. 2021): noise N = argmin_N −CE(f_θo(N), y_f) + λ‖N‖, then impair, then repair.
 
@@ -64,7 +56,7 @@ def unsir(task: Task, options: UnsirOptions) -> None:
     as much noise as a retained class has images in that part. The images of D_f are not used. The paper repairs for one
     epoch, of large data sets; the default here is nine.
 
-    Raises ConfigError for a forget set that is not of whole classes, or fewer than two epochs.
+    Raises ConfigError for fewer than two epochs.
     """
     import torch
     from torch.nn import functional as F
@@ -76,8 +68,6 @@ def unsir(task: Task, options: UnsirOptions) -> None:
     assert epochs is not None
     check_epochs(epochs)
     forgotten, kinds = task.labels(task.split.forget).unique(), task.labels(retain).unique()
-    if torch.isin(forgotten, kinds).any():
-        raise _not_a_class(f"is {task.split.forgetting}, and other images of its classes are retained")
     drawn = torch.randperm(len(retain), generator=generator_of(task.options.seed, "part of the retain set"))
     rows = retain[drawn[: max(round(options.unsir_retain * len(retain)), 1)]]
     wrong = forgotten.repeat_interleave(max(round(len(rows) / len(kinds)), 1))
