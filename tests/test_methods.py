@@ -22,19 +22,22 @@ from salun.diffusion.estimate import preview
 from salun.diffusion.losses import draw, frozen_predictions, training_losses
 from salun.diffusion.methods import rece, speed, spm, uce
 from salun.diffusion.methods.fmn import concept_tokens
+from salun.diffusion.model.loading import describe
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.negative_guidance import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
 from salun.diffusion.result import Run
 from salun.diffusion.stages import erasure_stages
 from salun.diffusion.task import ErasureTask
+from salun.diffusion.unread import unread
 from salun.errors import Cancelled, ConfigError
 from salun.masking.low_rank import LowRank
 from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
 
-from .conftest import SHORT
+from .conftest import short_of
 from .test_families import make
 
 ALL = [method for registry in METHODS.values() for method in registry.values()]
@@ -51,6 +54,38 @@ def test_every_method_has_a_function_and_options_with_help(method: Method) -> No
 def test_the_registry_and_options_of_methods_import_no_torch() -> None:
     code = "import sys; import salun.classification.unlearn_options, salun.diffusion.options; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "uce", "lr": 1e-3, "steps": 3}, "steps is 3, but has no .* method uce. Omit steps and lr"),
+        ({"method": "uce", "retain_weight": 2.0, "target_guidance": 1.0}, "Omit retain_weight and target_guidance"),
+        ({"negative_guidance": 2.0}, "negative_guidance is 2.0, but has no effect with the method salun"),
+        ({"method": "ileco", "negative_guidance": 2.0}, "with the method ileco"),
+        ({"method": "leco", "density": 0.1}, "density is 0.1, but has no effect with the method leco"),
+        ({"method": "ca", "anchor_share": 0.3}, "anchor_share is 0.3"),
+        ({"method": "erasediff", "target": "frozen"}, "target is frozen"),
+        ({"method": "esd", "forget_latents": 64}, "forget_latents is 64"),
+        ({"mask": "full", "density": 0.1, "guidance": 5.0}, "with the mask full. Omit density and guidance"),
+        ({"mask": "a.safetensors", "density": 0.1}, "with a mask file"),
+        ({"harden_weight": 0.5}, "harden_weight is 0.5, but has no effect with harden at 0"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_options_without_effect_are_rejected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(**options))
+
+
+@pytest.mark.parametrize("name", METHODS["diffusion"])
+def test_the_options_of_a_record_have_an_effect_or_are_what_a_plan_resolves(name: str) -> None:
+    """Earlier versions recorded every number of the recipe."""
+    settings = describe("shapes").settings
+    plan = make_plan(settings, "shapes", "circle", EraseOptions(method=name))
+    assert not unread(plan.options) and make_plan(settings, "shapes", "circle", plan.options).options == plan.options
+    before = {n: v for n, v in vars(plan.recipe).items() if getattr(plan.options, n, 0) is None}
+    make_plan(settings, "shapes", "circle", dataclasses.replace(plan.options, **before))
 
 
 def embeddings(*counts: int) -> list[torch.Tensor]:
@@ -126,7 +161,7 @@ def test_low_rank_change_has_the_gradient_of_the_weights_led_on() -> None:
 
 
 def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> None:
-    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="uce", **SHORT)
+    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="uce", **short_of("uce"))
     assert run.erased and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in run.erased)
     assert run.history == [] and run.delta.changed > 0
     assert run.metrics["anchor_gap"]["value"] < 0.5, "the forget prompts are answered more like the anchor's"
@@ -135,12 +170,13 @@ def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> No
 @pytest.mark.parametrize("scope", ["selfattn", "noxattn"])
 def test_uce_without_cross_attention_in_scope_is_rejected(scope: str, shapes: Model) -> None:
     with pytest.raises(ConfigError, match=f"scope is {scope}, which has no cross-attention"):
-        salun.erase(shapes, "circle", method="uce", scope=scope, **{**SHORT, "eval_images": 0})
+        salun.erase(shapes, "circle", method="uce", scope=scope, eval_images=0)
 
 
 def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
     def steps(method: str) -> str:
-        return "\n".join(preview("shapes", "circle", EraseOptions(**SHORT, method=method), [], tmp_path / "r")["steps"])
+        options = EraseOptions(**short_of(method), method=method)
+        return "\n".join(preview("shapes", "circle", options, [], tmp_path / "r")["steps"])
 
     assert "4 steps of 4 forget and 4 retain samples" in steps("salun")
     assert "4 steps of 4 samples" in steps("esd") and "retain" not in steps("esd")
@@ -150,7 +186,7 @@ def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
 
 def one_step(shapes: Model, method: str, **options: Any) -> tuple[Run, torch.Generator, Conditioning, Conditioning]:
     """A run of one step of two samples, its random numbers, and its forget prompts and their anchors."""
-    few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0, **options}
+    few = short_of(method, **{"steps": 1, "batch_size": 2, "eval_images": 0, **options})
     run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method=method, seed=5, **few)
     prompts = run.plan.prompts.concepts[0]
     c, g = (shapes.encode([prompt.text for prompt in each]) for each in (prompts.forget, prompts.anchor))
@@ -293,7 +329,8 @@ def test_a_low_rank_training_that_was_stopped_resumes_to_the_same_weights(shapes
 
     few: dict[str, Any] = {"steps": 3, "lr": 1e-2}
     whole, *_ = one_step(shapes, "leco", **few)
-    common = {**SHORT, "batch_size": 2, "eval_images": 0, **few, "method": "leco", "seed": 5, "run_dir": tmp_path / "r"}
+    common = short_of("leco", batch_size=2, eval_images=0, **few) | {"method": "leco", "seed": 5}
+    common["run_dir"] = tmp_path / "r"
     with pytest.raises(Cancelled):
         salun.erase(shapes, salun.Concept("circle", anchor="square"), progress=stop, **common)
     steps: list[int] = []
@@ -331,14 +368,14 @@ def test_the_goal_of_a_method_that_needs_less_than_a_training_set_is_probed_on_s
 
 
 def test_esd_scope_says_which_layers_train(shapes: Model) -> None:
-    few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0}
+    few = short_of("esd", steps=1, batch_size=2, eval_images=0)
     run = salun.erase(shapes, "circle", method="esd", scope="xattn", **few)
     assert run.erased and all(".attn2." in name for name in run.erased)
 
 
 @pytest.mark.parametrize("name", METHODS["diffusion"])
 def test_stages_of_the_plan_are_the_steps_that_progress_reports(name: str, shapes: Model) -> None:
-    few = {**SHORT, "steps": 2, "batch_size": 2, "eval_images": 2}
+    few = short_of(name, steps=2, batch_size=2, eval_images=2)
     steps: dict[str, set[int]] = {}
 
     def progress(event: salun.Event, /) -> None:
@@ -439,8 +476,8 @@ def test_fmn_lowers_the_attention(shapes: Model) -> None:
 
 
 def test_tokens_of_several_concepts_are_marked_each_in_its_own_prompts(shapes: Model) -> None:
-    few: dict[str, Any] = {"forget_latents": 3, "sampling_steps": 2, "steps": 1, "batch_size": 2, "eval_images": 0}
-    run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **{**SHORT, **few})
+    few = short_of("fmn", forget_latents=3, sampling_steps=2, steps=1, batch_size=2, eval_images=0)
+    run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **few)
     with shapes.configured(run.plan.options):
         data = build_training_set(shapes, run.plan, forget_only=True)
     marked = concept_tokens(ErasureTask(shapes, run.plan, data, run.mask))
@@ -451,7 +488,7 @@ def test_tokens_of_several_concepts_are_marked_each_in_its_own_prompts(shapes: M
 
 
 def test_fmn_runs_on_other_families(layout: Model) -> None:
-    run = salun.erase(layout, "circle", method="fmn", **{**SHORT, "steps": 2, "lr": 1e-3, "eval_images": 0})
+    run = salun.erase(layout, "circle", method="fmn", **short_of("fmn", steps=2, lr=1e-3, eval_images=0))
     assert run.delta.changed and len(run.history) == 2
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,15 +18,13 @@ from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling, schedule_part
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.diffusion.prompts.sets import other_nouns
+from salun.diffusion.unread import check_read, unread, without_effect
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
 from salun.methods import METHODS, Method, load
 from salun.options import BY_GRADIENT, MASKS
 from salun.progress import Stage
 from salun.user_text import syntax_note
-
-if TYPE_CHECKING:
-    pass
 
 BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
@@ -41,11 +39,11 @@ PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, b
 class Plan:
     """A fully resolved erasure.
 
-    options: with every number set, so that they reproduce the erasure. recipe: the numbers that depend on the model,
-    from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is meant for few steps,
-    where the options do not say how to sample. notes: lines for the user. detector: of the concepts in images, with its
-    argument after a colon. goal: what to train towards; None for a fixed number of steps, those of the recipe.
-    lr_given: whether the options name the learning rate; with a goal it is measured otherwise.
+    options: with every number set that has an effect, so that they reproduce the erasure. recipe: the numbers that
+    depend on the model, from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is
+    meant for few steps, where the options do not say how to sample. notes: lines for the user. detector: of the
+    concepts in images, with its argument after a colon. goal: what to train towards; None for a fixed number of steps,
+    those of the recipe. lr_given: whether the options name the learning rate; with a goal it is measured otherwise.
     all_latents: forget latents of a fixed number of steps, where a goal takes fewer. usual_steps: the model's, whatever
     the options say; a goal's probes are by them.
     """
@@ -159,8 +157,8 @@ ConceptSpec = Concept | str | Sequence[Concept | str]
 def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options: EraseOptions) -> Plan:
     """Resolve the concepts and the options' numbers with the model's settings.
 
-    Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
-    the model does not have.
+    Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, a recipe the
+    model does not have, or an option that has no effect with the method.
     """
     options = _hardened(_of_method(options, settings, model))
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
@@ -174,10 +172,13 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         all_latents, recipe = recipe.forget_latents, replace(recipe, forget_latents=few)
     if options.harden:
         recipe = replace(recipe, retain_weight=HARDENED_RETAIN * recipe.retain_weight)
+    unset = without_effect(options) | {*(BY_GOAL if goal is not None else ())}
     sampling = sampling_with(settings.sampling, options)
     chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
     few_steps = hint(settings.few_steps, settings.sampling, *chosen)
     names = [item.name for item in dataclasses.fields(Recipe) if hasattr(options, item.name)]
+    resolved = {**vars(recipe), **METHODS["diffusion"][options.method].defaults}  # as an earlier record holds them
+    check_read(options, [n for n in unread(options) if n not in names or getattr(options, n) != resolved[n]])
     recipe = replace(recipe, **{n: getattr(options, n) for n in names if getattr(options, n) is not None})
     if options.harden and recipe.target != "frozen":
         raise ConfigError("needs the frozen target", option="harden", advice="Use {target} frozen")
@@ -192,7 +193,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
             resolution=sampling.resolution,
             sampling_steps=sampling.steps,
             sampling_guidance=sampling.guidance,
-            **{name: getattr(recipe, name) for name in names if goal is None or name not in BY_GOAL},
+            **{name: getattr(recipe, name) for name in names if name not in unset},
         ),
         recipe=recipe,
         sampling=sampling,
