@@ -36,8 +36,10 @@ class Method:
             options that the method cannot follow.
         defaults: Values of shared options where the user gives none.
         reads: Shared options that a diffusion method's training reads; others of a training have no effect with it.
-        data: What a diffusion method needs: "latents": a training set; "forget": the forget samples of one alone;
-            "prompts": prompts alone.
+        data: What a diffusion method needs: "latents": a training set; "forget" or "anchor": those samples of one
+            alone; "prompts": prompts alone.
+        check: "module:function": (plan, model or None) → None, which raises ConfigError for what a diffusion method
+            cannot do: when a plan is made, where there may be no model yet, and with it before the first sample.
         stages: "module:function": (plan) → list of `StageCost`, what a diffusion method's training takes; "" for the
             default.
         whole_classes: Whether a classification method forgets whole classes only.
@@ -65,7 +67,8 @@ class Method:
     resolve: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
-    data: Literal["latents", "forget", "prompts"] = "latents"
+    data: Literal["latents", "forget", "anchor", "prompts"] = "latents"
+    check: str = ""
     stages: str = ""
     whole_classes: bool = False
     tunes: str | None = "lr"
@@ -140,6 +143,7 @@ _CLOSED: dict[str, Any] = {
     "text": True,
     "defaults": {"scope": "xattn-strict"},
     "data": "prompts",
+    "check": "salun.diffusion.closed_form:check",
     "stages": "salun.diffusion.closed_form:stages",
 }
 METHODS: dict[TaskName, dict[str, Method]] = {
@@ -199,7 +203,7 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                paper_recipe={"steps": 1000, "lr": 1e-5, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
         Method("ca", "CA", "Kumari et al. 2023, arXiv:2303.13516", _D, f"{_ERASE}.ca:ca",
                "full", f"{_ERASE}.ca:CaOptions", defaults={"scope": "xattn-strict", "anchor_share": 1.0},
-               reads=_LOOP, stages=f"{_ERASE}.ca:stages", goal="able",
+               reads=_LOOP, data="anchor", check=f"{_ERASE}.ca:check", stages=f"{_ERASE}.ca:stages", goal="able",
                weaker="Lower {lr} or {steps}, or raise {ca_regularization}"),
         Method("leco", "LECO", "p1atdev 2023, github.com/p1atdev/LECO", _D, f"{_ERASE}.leco:leco",
                options_from=f"{_ERASE}.leco:LecoOptions", defaults={"scope": "attn"}, reads=_LOOP, data="prompts",
@@ -226,7 +230,8 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                paper_recipe={"steps": 250, "lr": 5e-4, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
         Method("fmn", "FMN", "Zhang et al. 2023, arXiv:2303.17591", _D, f"{_ERASE}.fmn:fmn",
                "full", defaults={"scope": "xattn"}, reads=_LOOP, data="forget",
-               stages=f"{_ERASE}.fmn:stages", goal="able", anchored=False, text=True, attention=True,
+               check=f"{_ERASE}.fmn:check", stages=f"{_ERASE}.fmn:stages", goal="able",
+               anchored=False, text=True, attention=True,
                paper_recipe={"steps": 35, "lr": 2e-6, "lr_decay": 0.0, "batch_size": 1}),
         Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",
                options_from=f"{_ERASE}.uce:UceOptions", tunes="uce_erase",

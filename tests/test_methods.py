@@ -20,7 +20,7 @@ from salun.diffusion.data.latents import sample_until
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.estimate import preview
 from salun.diffusion.losses import draw, frozen_predictions, training_losses
-from salun.diffusion.methods import rece, speed, spm, uce
+from salun.diffusion.methods import fmn, rece, speed, spm, uce
 from salun.diffusion.methods.fmn import concept_tokens
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.protocol import Conditioning
@@ -167,10 +167,25 @@ def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> No
     assert run.metrics["anchor_gap"]["value"] < 0.5, "the forget prompts are answered more like the anchor's"
 
 
-@pytest.mark.parametrize("scope", ["selfattn", "noxattn"])
-def test_uce_without_cross_attention_in_scope_is_rejected(scope: str, shapes: Model) -> None:
-    with pytest.raises(ConfigError, match=f"scope is {scope}, which has no cross-attention"):
-        salun.erase(shapes, "circle", method="uce", scope=scope, eval_images=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "uce", "scope": "selfattn"}, "scope is selfattn, which has no cross-attention for UCE"),
+        ({"method": "rece", "scope": "noxattn"}, "scope is noxattn, which has no cross-attention for RECE"),
+        ({"method": "speed", "scope": "selfattn"}, "for SPEED to edit"),
+        ({"method": "ca", "until": "ua>=0.9", "anchor_share": 0.0}, "anchor_share is 0, but CA trains on"),
+    ],
+)
+def test_what_a_method_cannot_do_is_rejected_by_the_plan(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(**options))
+
+
+def test_fmn_needs_the_concept_in_its_prompts(shapes: Model) -> None:
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(method="fmn"))
+    fmn.check(plan, shapes)
+    with pytest.raises(ConfigError, match="concept is 'zebra', whose tokens are in none of its prompts"):
+        fmn.check(dataclasses.replace(plan, concepts=[salun.Concept("zebra")]), shapes)
 
 
 def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
@@ -180,7 +195,8 @@ def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
 
     assert "4 steps of 4 forget and 4 retain samples" in steps("salun")
     assert "4 steps of 4 samples" in steps("esd") and "retain" not in steps("esd")
-    assert "4 steps of 4 samples" in steps("fmn") and "retain" not in steps("fmn")
+    assert "4 steps of 4 samples" in steps("fmn") and "retain" not in steps("fmn") and "mask" not in steps("fmn")
+    assert "sample 8 anchor latents, with" in steps("ca") and "4 steps of 4 samples" in steps("ca")
     assert "UCE, in closed form" in steps("uce") and "steps of" not in steps("uce")
 
 
@@ -451,7 +467,7 @@ def test_fmn_takes_the_attention_from_the_tokens_of_the_concept(checkpointing: b
     few: dict[str, Any] = {"forget_latents": 4, "sampling_steps": 2, "lr": 1e-3, "steps": 3}
     run, generator, *_ = one_step(shapes, "fmn", gradient_checkpointing=checkpointing, **few)
     with shapes.configured(run.plan.options):
-        data = build_training_set(shapes, run.plan, forget_only=True)
+        data = build_training_set(shapes, run.plan, needed="forget")
     rows = torch.randint(4, (2,), generator=generator)
     t = shapes.schedule.sample_t(2, generator)
     noise = torch.randn(2, *shapes.latent_shape, generator=generator)
@@ -479,7 +495,7 @@ def test_tokens_of_several_concepts_are_marked_each_in_its_own_prompts(shapes: M
     few = short_of("fmn", forget_latents=3, sampling_steps=2, steps=1, batch_size=2, eval_images=0)
     run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **few)
     with shapes.configured(run.plan.options):
-        data = build_training_set(shapes, run.plan, forget_only=True)
+        data = build_training_set(shapes, run.plan, needed="forget")
     marked = concept_tokens(ErasureTask(shapes, run.plan, data, run.mask))
     for i, row in enumerate(marked):
         text = run.plan.prompts.concepts[i // 3].forget[data.forget_rows[i]].text
@@ -502,7 +518,7 @@ def test_tokens_of_a_concept_are_marked_in_long_and_in_repeated_prompts(shapes: 
     assert occurrences([5, 1, 2, 1, 2, 3], [[1, 2], [1, 2, 3], []]) == [(1, 3), (3, 6)]
     run, *_ = one_step(shapes, "fmn", forget_latents=2, sampling_steps=2)
     with shapes.configured(run.plan.options):
-        data = build_training_set(shapes, run.plan, forget_only=True)
+        data = build_training_set(shapes, run.plan, needed="forget")
     twice = dataclasses.replace(data, forget=Conditioning(data.forget.hidden.repeat(1, 2, 1)))
     once, both = (concept_tokens(ErasureTask(shapes, run.plan, each, run.mask)) for each in (data, twice))
     assert torch.equal(once.sum(1), torch.ones(2)) and torch.equal(both, 2 * once.repeat(1, 2))

@@ -34,6 +34,8 @@ HARDENED_RETAIN = 3.0  # factor of the retain weight there
 FEWEST_BETWEEN = 4  # steps between two probes
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
 
+Samples = Literal["all", "forget", "anchor"]  # of a training set
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -137,11 +139,12 @@ class Plan:
         concepts = [replace(of, eval_forget=of.forget, eval_anchor=of.anchor) for of in self.prompts.concepts]
         return replace(self, prompts=replace(self.prompts, concepts=concepts, eval_retain=self.prompts.retain))
 
-    def samples(self, masked: bool = False) -> Literal["all", "forget", "none"]:
-        """Which latents it needs: for training and probes, for a mask that is not there yet, or none."""
-        if self.method.data == "latents" or self.goal is not None or (self.by_ratio and not masked):
+    def samples(self, masked: bool = False) -> Samples | None:
+        """Which latents it needs: for training and probes, or for a mask that is not there yet; None for none."""
+        data, scored = self.method.data, self.by_saliency and not masked
+        if data == "latents" or self.goal is not None or (scored and (self.by_ratio or data == "anchor")):
             return "all"
-        return "forget" if self.method.data == "forget" or (self.by_saliency and not masked) else "none"
+        return "anchor" if data == "anchor" else "forget" if data == "forget" or scored else None
 
     @property
     def closed_form(self) -> bool:
@@ -184,7 +187,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         raise ConfigError("needs the frozen target", option="harden", advice="Use {target} frozen")
     if options.target_guidance and recipe.target != "frozen":
         raise ConfigError("needs the frozen target", option="target_guidance", advice="Use {target} frozen")
-    return Plan(
+    plan = Plan(
         concepts=concepts,
         prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
         options=replace(
@@ -205,6 +208,9 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         all_latents=all_latents if options.forget_latents is None else None,
         usual_steps=usual,
     )
+    if plan.method.check:
+        load(plan.method.check)(plan, None)
+    return plan
 
 
 def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> EraseOptions:
@@ -247,9 +253,9 @@ def _hardened(options: EraseOptions) -> EraseOptions:
     options = replace(options, harden=options.harden or POOL) if wanted else options
     if options.harden and not METHODS["diffusion"][options.method].hardens:
         raise ConfigError(
-            f"does not work with the method {options.method}, whose target is not an anchor",
+            f"does not work with the method {options.method}, which has losses of its own",
             option="harden",
-            advice="Use {method} salun or finetune",
+            advice="Use {method} salun, salun-soft or finetune",
         )
     return options
 

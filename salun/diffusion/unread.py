@@ -80,8 +80,11 @@ def _of_mask(options: EraseOptions) -> tuple[str, ...]:
 def _of_data(options: EraseOptions) -> tuple[str, ...]:
     """The options that building the training set reads; as `Plan.samples`."""
     method, mask = METHODS["diffusion"][options.method], _mask(options)
-    if method.data == "latents" or options.until is not None or mask == "saliency-ratio":
+    by_anchor = method.data == "anchor" and mask in BY_GRADIENT
+    if method.data == "latents" or options.until is not None or mask == "saliency-ratio" or by_anchor:
         return OF_DATA
+    if method.data == "anchor":
+        return OF_DATA[:1]
     return OF_DATA[:2] if method.data == "forget" or mask in BY_GRADIENT else ()
 
 
