@@ -182,6 +182,9 @@ def test_by_default_a_class_conditional_model_is_compared_by_the_methods_that_it
     options, (note,) = with_methods(model, CompareOptions(concept=["class:3"]))
     assert "uce" not in options.methods and "salun" in options.methods and "uce, rece, speed" in note
     plans_of(model, options, jobs_of(options))
+    paper = replace(options, methods=["salun", "ant"], budget="paper")
+    (note,) = paper_notes(paper, jobs_of(paper)[:2], plans_of(model, paper, jobs_of(paper)[:2]))
+    assert note.endswith("steps: ant"), "its numbers are of Stable Diffusion"
     with pytest.raises(ConfigError, match="methods has uce, whose method is uce, which edits cross-attention"):
         plans_of(model, options, jobs_of(replace(options, methods=["uce"])))
 

@@ -358,8 +358,8 @@ def _resolved(
 
 
 def _paper_recipe(settings: ModelSettings, model: str, kind: str, method: Method) -> Recipe:
-    papers = settings.paper_recipes if not settings.labels or method.mask == "saliency" else {}
     of_salun = method.mask == "saliency" and not method.paper_recipe
+    papers = settings.paper_recipes if not settings.labels or of_salun else {}
     if papers and not of_salun:
         if not method.paper_recipe:
             raise ConfigError(
