@@ -42,9 +42,9 @@ from salun.classification.experiment import ExperimentSetup, forget, open_record
 from salun.classification.masks import find_mask
 from salun.classification.metrics import COMPARED, evaluate_classifier
 from salun.classification.predictions import members
-from salun.classification.table import interval
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
+from salun.evaluation.interval import interval
 from salun.masking.mask import Mask
 from salun.progress import silent
 

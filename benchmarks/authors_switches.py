@@ -31,9 +31,9 @@ from salun.classification.experiment import setup_of
 from salun.classification.masks import BATCH, find_mask
 from salun.classification.methods.relabeling import RelabelingOptions, random_labels, relabeled
 from salun.classification.metrics import COMPARED, evaluate_classifier
-from salun.classification.table import interval
 from salun.classification.task import Batch, Task
 from salun.classification.unlearn_options import UnlearnOptions
+from salun.evaluation.interval import interval
 from salun.masking.mask import Mask
 from salun.masking.saliency import scores_from_losses
 from salun.progress import Stage, silent

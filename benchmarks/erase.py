@@ -144,6 +144,7 @@ class Bench:
     def key(self, plan: Plan) -> str:
         """A hash of everything that a result depends on, except the code."""
         facts = {name: getattr(plan.options, name) for name in DECISIVE}
+        facts |= {n: vars(plan.recipe).get(n) for n in DECISIVE if facts[n] is None}  # earlier results hold all numbers
         facts["mask"] = facts["mask"] or "saliency"  # as earlier results have it for SalUn-soft
         usual = EraseOptions()
         facts |= {name: value for name in LATER if (value := getattr(plan.options, name)) != getattr(usual, name)}

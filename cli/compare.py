@@ -14,7 +14,7 @@ from salun.diffusion.compare_options import GROUPS, NOT_COMPARED, CompareOptions
 
 from .app import app
 from .options import with_options
-from .output import Json, default_model_named, duration_range, print_result
+from .output import Json, default_model_named, duration_range, print_result, sentences
 from .progress import terminal_progress
 from .resuming import note_new_run, recorded, resumable, unfinished
 
@@ -24,7 +24,9 @@ from .resuming import note_new_run, recorded, resumable, unfinished
 def compare(
     options: CompareOptions,
     given: set[str],
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished comparison in --run-dir")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the comparison in --run-dir, with the erasures that failed")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the erasures and their estimated time; write nothing")
     ] = False,
@@ -60,7 +62,11 @@ def compare(
     print_result(
         comparison.record.as_json(),
         as_json,
-        [*_lines(comparison.table), f"report: {folder.absolute() / 'report.html'}"],
+        [
+            *_lines(comparison.table),
+            *sentences([f"note: {note}" for note in comparison.record.notes]),
+            f"report: {folder.absolute() / 'report.html'}",
+        ],
     )
 
 
@@ -79,6 +85,7 @@ def _planned_lines(planned: dict[str, Any]) -> list[str]:
     done = len(planned["jobs"]) - len(left)
     also = f" ({done} of {len(planned['jobs'])} are done)" if done else ""
     total = duration_range(planned["least"], planned["most"])
+    lines += sentences([f"note:   {note}" for note in planned["notes"]])
     return [*lines, f"time:   {total} on {planned['device']}{also}"]
 
 
@@ -86,11 +93,11 @@ def _lines(table: dict[str, Any]) -> list[str]:
     """The table in columns, without standard deviations."""
     from salun.diffusion.compare_table import COLUMNS, ranked
 
-    names = ("score", "ua", "ra", "neighbors", "asr", "image_drift", "seconds", "delta_mb")
+    names = ("score", "ua", "ra", "neighbors", "asr", "image_drift", "seconds", "passes", "delta_mb")
     columns = [column for column in COLUMNS if column.name in names]
     rows = [["", *(column.title for column in columns)]]
     for row in ranked(table):
         values = [(row[column.name], column.digits) for column in columns]
-        rows.append([row["title"], *(f"{of['mean']:.{digits}f}" if of else "–" for of, digits in values)])
+        rows.append([row["title"], *(f"{of['mean']:,.{digits}f}" if of else "–" for of, digits in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

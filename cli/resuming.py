@@ -35,7 +35,8 @@ COMMAND_OF_OPTION = {  # checked in order: an option that the commands after it 
 def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[str, Any], as_json: bool) -> Any:
     """The record of the unfinished run in a folder, or None if there is no run.
 
-    A finished run ends the command with exit code 0 and the path of its report.
+    A finished run ends the command with exit code 0 and the path of its report, but for a comparison in which erasures
+    failed: these are made again.
 
     Args:
         folder: The run folder.
@@ -64,7 +65,7 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
         raise ConfigError(
             f"is {folder}, which contains a run of `salun {made_by}`, not {command}", option="run_dir", advice=ANOTHER
         )
-    if record["status"] == "done":
+    if record["status"] == "done" and not record.get("failed"):
         _check_finished(record, folder, wanted)
         report = folder / "report.html"
         line = f"the run in {folder} is finished"

@@ -138,8 +138,8 @@ class SalUnErase(Node):
                         check_given_mask(mask, graph, plan)
                     content = data_on(content, graph.device) if content is not None else None
                     needed = plan.samples(masked=mask is not None)
-                    if content is None and needed != "none":
-                        content = build_training_set(graph, plan, bar, needed == "forget", cache())
+                    if content is None and needed is not None:
+                        content = build_training_set(graph, plan, bar, needed, cache())
                     if content is not None:
                         bar.preview = TrainingPreview(graph, plan, content)
                     run = unlearn(RunContext(graph, plan, record, bar, cache()), content, mask, grow=data is None)

@@ -70,7 +70,7 @@ class SalUnSaliencyMask(Node):
             bar = ComfyProgress(mask_stages(plan, content), SamplePreview(graph, plan))
             with training_session(graph, plan):
                 if samples:
-                    content = build_training_set(graph, plan, bar, not plan.by_ratio, cache())
+                    content = build_training_set(graph, plan, bar, "all" if plan.by_ratio else "forget", cache())
                 elif content is not None:
                     content = data_on(content, graph.device)
                 result = find_mask(graph, content, plan, bar)

@@ -35,8 +35,11 @@ class Method:
         resolve: "module:function": (options, shared options, split) → options without None. Raises ConfigError for
             options that the method cannot follow.
         defaults: Values of shared options where the user gives none.
-        data: What a diffusion method needs: "latents": a training set; "forget": the forget samples of one alone;
-            "prompts": prompts alone.
+        reads: Shared options that a diffusion method's training reads; others of a training have no effect with it.
+        data: What a diffusion method needs: "latents": a training set; "forget" or "anchor": those samples of one
+            alone; "prompts": prompts alone.
+        check: "module:function": (plan, model or None) → None, which raises ConfigError for what a diffusion method
+            cannot do: when a plan is made, where there may be no model yet, and with it before the first sample.
         stages: "module:function": (plan) → list of `StageCost`, what a diffusion method's training takes; "" for the
             default.
         whole_classes: Whether a classification method forgets whole classes only.
@@ -63,7 +66,9 @@ class Method:
     options_from: str = "salun.options:NoOptions"
     resolve: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    data: Literal["latents", "forget", "prompts"] = "latents"
+    reads: tuple[str, ...] = ()
+    data: Literal["latents", "forget", "anchor", "prompts"] = "latents"
+    check: str = ""
     stages: str = ""
     whole_classes: bool = False
     tunes: str | None = "lr"
@@ -127,6 +132,8 @@ _GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
 _BOUNDARY = "Chen et al. 2023, arXiv:2303.11570"
 _UP_TO_TWICE = (0.3, 0.5, 0.7, 1, 1.4, 1.9)  # a threshold α, whose default is half of the largest possible
 _SALUN = "Fan et al. 2024, arXiv:2310.12508"
+_LOOP = ("steps", "batch_size", "lr", "lr_decay", "optimizer")  # options of the training loop
+_LOSSES = (*_LOOP, "retain_weight", "target", "target_guidance", "retain_target", "anchor_share")  # and SalUn's losses
 _GUIDED: dict[str, Any] = {
     "anchored": False,
     "stronger": "Raise {steps}, {lr} or {negative_guidance}",
@@ -136,6 +143,7 @@ _CLOSED: dict[str, Any] = {
     "text": True,
     "defaults": {"scope": "xattn-strict"},
     "data": "prompts",
+    "check": "salun.diffusion.closed_form:check",
     "stages": "salun.diffusion.closed_form:stages",
 }
 METHODS: dict[TaskName, dict[str, Method]] = {
@@ -186,43 +194,46 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                whole_classes=True),
     ),
     "diffusion": _registry(
-        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", grows=True,
-               hardens=True, salun_losses=True),
+        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", reads=_LOSSES,
+               goal="default", grows=True, hardens=True, salun_losses=True),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned",
-               hardens=True, salun_losses=True),
+               reads=_LOSSES, hardens=True, salun_losses=True),
         Method("finetune", "Fine-tuning", "SalUn's loss without a mask", _D, f"{_ERASE}.salun:salun", "full",
-               goal="able", grows=True, hardens=True, salun_losses=True),
+               reads=_LOSSES, goal="able", grows=True, hardens=True, salun_losses=True),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
-               "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, data="prompts",
+               "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, reads=_LOOP, data="prompts",
                stages=f"{_ERASE}.esd:stages", goal="able",
                paper_recipe={"steps": 1000, "lr": 1e-5, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
         Method("ca", "CA", "Kumari et al. 2023, arXiv:2303.13516", _D, f"{_ERASE}.ca:ca",
                "full", f"{_ERASE}.ca:CaOptions", defaults={"scope": "xattn-strict", "anchor_share": 1.0},
-               stages=f"{_ERASE}.ca:stages", goal="able",
+               reads=_LOOP, data="anchor", check=f"{_ERASE}.ca:check", stages=f"{_ERASE}.ca:stages", goal="able",
                weaker="Lower {lr} or {steps}, or raise {ca_regularization}"),
         Method("leco", "LECO", "p1atdev 2023, github.com/p1atdev/LECO", _D, f"{_ERASE}.leco:leco",
-               options_from=f"{_ERASE}.leco:LecoOptions", defaults={"scope": "attn"}, data="prompts",
+               options_from=f"{_ERASE}.leco:LecoOptions", defaults={"scope": "attn"}, reads=_LOOP, data="prompts",
                stages=f"{_ERASE}.leco:stages",
                paper_recipe={"steps": 500, "lr": 1e-4, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
         Method("ileco", "iLECO", "p1atdev 2023, github.com/p1atdev/LECO, towards the anchor", _D,
-               f"{_ERASE}.leco:ileco", options_from=f"{_ERASE}.leco:LecoOptions", defaults={"scope": "attn"},
-               data="prompts", stages=f"{_ERASE}.leco:stages", weaker="Lower {lr} or {steps}"),
+               f"{_ERASE}.leco:ileco", options_from=f"{_ERASE}.leco:IlecoOptions", defaults={"scope": "attn"},
+               reads=_LOOP, data="prompts", stages=f"{_ERASE}.leco:stages", weaker="Lower {lr} or {steps}"),
         Method("spm", "SPM", "Lyu et al. 2024, arXiv:2312.16145", _D, f"{_ERASE}.spm:spm",
-               options_from=f"{_ERASE}.spm:SpmOptions", data="prompts", stages=f"{_ERASE}.spm:stages",
+               options_from=f"{_ERASE}.spm:SpmOptions", reads=_LOOP, data="prompts",
+               stages=f"{_ERASE}.spm:stages", anchored=False,
                paper_recipe={"steps": 3000, "lr": 1e-4, "lr_decay": 0.0, "batch_size": 1},
                stronger="Raise {steps}, {lr} or {negative_guidance}, or lower {spm_anchoring}",
                weaker="Lower {lr} or {negative_guidance}, or raise {spm_anchoring}"),
         Method("erasediff", "EraseDiff", "Wu et al. 2024, arXiv:2401.05779", _D, f"{_ERASE}.erasediff:erasediff",
                "full", f"{_ERASE}.erasediff:EraseDiffOptions",
                defaults={"scope": "noxattn", "anchor_share": 0.0, "target": "online", "retain_target": "noise"},
-               stages=f"{_ERASE}.erasediff:stages", goal="able",
+               reads=(*_LOOP, "anchor_share"), stages=f"{_ERASE}.erasediff:stages", goal="able",
                stronger="Raise {steps}, {lr} or {erasediff_lambda}",
                weaker="Lower {lr}, {steps} or {erasediff_lambda}"),
         Method("ant", "ANT", "Li et al. 2025, arXiv:2504.12782", _D, f"{_ERASE}.ant:ant",
-               "saliency", f"{_ERASE}.ant:AntOptions", data="prompts", stages=f"{_ERASE}.ant:stages", goal="able",
+               "saliency", f"{_ERASE}.ant:AntOptions", reads=_LOOP, data="prompts",
+               stages=f"{_ERASE}.ant:stages", goal="able",
                paper_recipe={"steps": 250, "lr": 5e-4, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
         Method("fmn", "FMN", "Zhang et al. 2023, arXiv:2303.17591", _D, f"{_ERASE}.fmn:fmn",
-               "full", defaults={"scope": "xattn"}, data="forget", stages=f"{_ERASE}.fmn:stages", goal="able",
+               "full", defaults={"scope": "xattn"}, reads=_LOOP, data="forget",
+               check=f"{_ERASE}.fmn:check", stages=f"{_ERASE}.fmn:stages", goal="able",
                anchored=False, text=True, attention=True,
                paper_recipe={"steps": 35, "lr": 2e-6, "lr_decay": 0.0, "batch_size": 1}),
         Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",

@@ -19,7 +19,9 @@ import torch
 import salun
 from salun.checkpoints.locate import ASSETS
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.result import Run
+from salun.diffusion.unread import unread
 from tools import checkpoints
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only be in each other's way
@@ -29,6 +31,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads woul
 SHORT = {
     "steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8, "sampling_steps": 6,
 }  # fmt: skip
+
+
+def short_of(method: str, **options: Any) -> dict[str, Any]:
+    """`SHORT` as far as it has an effect with a method, and these options."""
+    chosen = {**SHORT, **options}
+    ignored = {*unread(EraseOptions(**chosen, method=method))} & {*SHORT}
+    return {name: value for name, value in chosen.items() if name not in ignored}
 
 
 # files that take more than about half a minute, the longest first; the others follow

@@ -31,6 +31,8 @@ from salun.diffusion.train import Average, network_of, scheduler_config, train_c
 from salun.diffusion.train_options import ClassTrainOptions, presets
 from salun.errors import Cancelled, ConfigError, DataError, ModelError, SalunError
 
+from .conftest import short_of
+
 UNET: dict[str, Any] = {
     "sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -191,7 +193,8 @@ def test_an_erased_folder_is_the_model_that_diffusers_loads_and_its_delta_gives_
 def test_other_methods_attacks_and_evaluation_work_on_labels(pixels: Path, tmp_path: Path) -> None:
     """Of a network with random weights nothing is detected; of `digits` another test has attacks."""
     for method in ("esd", "erasediff", "leco"):
-        run = salun.erase(str(pixels), "3", run_dir=tmp_path / method, progress=salun.silent, method=method, **FEW)
+        few = short_of(method, **FEW)
+        run = salun.erase(str(pixels), "3", run_dir=tmp_path / method, progress=salun.silent, method=method, **few)
         assert run.plan.options.scope == "full" and run.mask.selected > 0
     found = evaluate(str(tmp_path / "esd"), EvalOptions(n=2, sampling_steps=2)).as_json()
     assert found["sets"]["concept"]["n"] == 2

@@ -26,10 +26,11 @@ from salun.classification.metrics import COMPARED
 from salun.classification.preview import preview_comparison
 from salun.classification.results import check_result
 from salun.classification.search import rounds
-from salun.classification.table import difference_lines, interval, lines_of, table_of, tables_of
+from salun.classification.table import difference_lines, lines_of, table_of, tables_of
 from salun.classification.unlearn_options import CompareOptions
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError, TrainingError
+from salun.evaluation.interval import interval
 from salun.progress import Event, Stage, silent
 from salun.report import charts
 from salun.report.classification import _comparison_headline, comparison_page, run_page

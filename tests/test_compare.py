@@ -6,22 +6,26 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import salun
 from salun.diffusion import compare_search
 from salun.diffusion.compare import compare
 from salun.diffusion.compare_estimate import preview_comparison
 from salun.diffusion.compare_folder import comparison_record, erasure_of
-from salun.diffusion.compare_jobs import jobs_of
+from salun.diffusion.compare_jobs import job_options, jobs_of, paper_notes, plans_of, with_methods
 from salun.diffusion.compare_options import CompareOptions, variant_of
 from salun.diffusion.compare_search import next_value, stored_searches
 from salun.diffusion.compare_table import Result, cells_of, table_of
+from salun.diffusion.model.settings import read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import Cancelled, ConfigError
+from salun.methods import METHODS
 from salun.progress import Event, silent
 
 from .conftest import SHORT, run_command
@@ -37,6 +41,8 @@ FEW: dict[str, Any] = {**SHORT, "eval_images": 2, "device": "cpu"}
         ("esd+colour=red", "unknown option"),
         ("esd+steps=many", "steps"),
         ("esd+steps=0", "steps"),
+        ("esd+seed=3", "seed must be equal for all methods. Use seed for the comparison instead"),
+        ("esd+device=cpu", "device must be equal"),
     ],
 )
 def test_a_variant_that_is_none_is_refused(text: str, said: str) -> None:
@@ -82,6 +88,9 @@ def test_the_table_has_means_and_differences_on_equal_concepts_and_seeds() -> No
     results += [Result("", "uce", "red", 0, error="does not fit")]
     table = table_of([variant_of("salun"), variant_of("uce")], results)
     assert table["uce"]["difference"] == pytest.approx({"value": -10, "n": 3, "low": -10, "high": -10})
+    results[4] = replace(results[4], values={"score": 77.0})
+    few = table_of([variant_of("salun"), variant_of("uce")], results)["uce"]["difference"]
+    assert (few["value"], few["high"]) == pytest.approx((-11, -11 + 4.303), abs=1e-3), "by Student's t of three pairs"
     assert table["uce"]["ua"] == {"mean": 81, "std": 1, "n": 3} and table["uce"]["runs"] == 3
     assert table["salun"]["difference"] is None and table["salun"]["ra"] is None
     head, first, second = cells_of(table)
@@ -117,10 +126,67 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     table = done["metrics"]
     assert table["uce"]["ua"]["n"] == 1 and table["uce"]["difference"]["n"] == 1
     assert table["salun+density=1e-9"]["runs"] == 0 and "selects none" in done["notes"][0]
+    assert done["failed"] == ["circle-salun-density=1e-9-0"]
+    assert table["salun"]["passes"]["mean"] > 4 * (8 + 8 * 3) > table["uce"]["passes"]["mean"] == 0
+    again = run_command("compare", "--resume", "--run-dir", "c", cwd=tmp_path)
+    assert "note: circle-salun-density=1e-9-0: " in again.stdout, "what failed is tried again"
     page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
     assert "Trade-off" in page and "SPEED (speed_threshold 0.9)" in page
     rows = list(csv.DictReader((tmp_path / "c" / "compare.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["method"] for row in rows] == methods and rows[2]["seed"] == "0" and float(rows[2]["ua"]) >= 0
+
+
+def test_what_a_comparison_sets_for_all_reaches_the_methods_that_read_it(shapes: Model) -> None:
+    """And what a variant sets without effect, or wrongly, is an error that names the variant."""
+    methods = ["salun", "uce", "esd+mask=saliency", "erasediff"]
+    shared = {"lr": 1e-3, "retain_weight": 2.0, "density": 0.1, "negative_guidance": 2.0, "forget_latents": 8}
+    options = CompareOptions(concept=["circle"], methods=methods, seeds=1, **shared)
+    salun, uce, esd, erasediff = (job_options(shapes, options, job, {}) for job in jobs_of(options))
+    assert (salun.lr, salun.retain_weight, salun.density, salun.negative_guidance) == (1e-3, 2.0, 0.1, 1.0)
+    assert (uce.lr, uce.steps, uce.batch_size, uce.forget_latents) == (None, None, None, None)
+    assert (esd.retain_weight, esd.density, esd.negative_guidance) == (None, 0.1, 2.0)
+    assert (erasediff.lr, erasediff.density, erasediff.forget_latents) == (1e-3, 0.5, 8)
+    for variant, message in (
+        ("uce+lr=1e-3", "methods has uce[+]lr=1e-3, whose lr is 0.001, but has no effect with the method uce. Omit lr"),
+        ("esd+recipe=paper", "methods has esd[+]recipe=paper, whose recipe is paper, but the paper has no recipe"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plans_of(shapes, options, jobs_of(replace(options, methods=[variant])))
+
+
+def test_budget_paper_takes_the_numbers_that_there_are(shapes: Model) -> None:
+    """Of Stable Diffusion also SalUn's; the bundled model has none, so all take equal passes there."""
+    options = CompareOptions(concept=["circle"], methods=["salun", "esd", "ca", "uce"], seeds=1, budget="paper")
+    equal = replace(options, budget="equal-steps")
+    jobs = jobs_of(options)
+    plans = plans_of(shapes, options, jobs)
+    assert [plan.recipe for plan in plans] == [plan.recipe for plan in plans_of(shapes, equal, jobs)]
+    assert paper_notes(options, jobs, plans)[0].endswith("steps: salun, esd, ca")
+    assert not paper_notes(equal, jobs, plans)
+    papers = read_settings(None, "sd1", {})
+    assert papers.paper_recipes
+    before, shapes.settings = shapes.settings, replace(papers, vocabulary=None)
+    try:
+        jobs = jobs_of(replace(options, concept=["nudity"]))
+        plans = plans_of(shapes, options, jobs)
+        salun = papers.paper_recipes[plans[0].concepts[0].kind]
+        assert (plans[0].recipe.steps, plans[0].recipe.lr) == (salun.steps, salun.lr) and plans[0].goal is None
+        assert plans[1].recipe.steps == METHODS["diffusion"]["esd"].paper_recipe["steps"]
+        assert paper_notes(options, jobs, plans)[0].endswith("steps: ca")
+    finally:
+        shapes.settings = before
+
+
+def test_by_default_a_class_conditional_model_is_compared_by_the_methods_that_it_takes() -> None:
+    model = salun.load("digits", device="cpu")
+    options, (note,) = with_methods(model, CompareOptions(concept=["class:3"]))
+    assert "uce" not in options.methods and "salun" in options.methods and "uce, rece, speed" in note
+    plans_of(model, options, jobs_of(options))
+    paper = replace(options, methods=["salun", "ant"], budget="paper")
+    (note,) = paper_notes(paper, jobs_of(paper)[:2], plans_of(model, paper, jobs_of(paper)[:2]))
+    assert note.endswith("steps: ant"), "its numbers are of Stable Diffusion"
+    with pytest.raises(ConfigError, match="methods has uce, whose method is uce, which edits cross-attention"):
+        plans_of(model, options, jobs_of(replace(options, methods=["uce"])))
 
 
 # -- a folder that holds something else ----------------------------------------------------------------------------
@@ -208,8 +274,8 @@ def linked_table(folder: Path) -> None:
         (option(concept=["red"]), "circle-uce-0, which this .*concept was"),
         (option(uce_erase=9.0), "circle-uce-0, which this .*uce_erase was 9.0 and is 1.0"),
         (lambda folder: edit(job(folder) / "run.json", metrics={}), "run.json, which this .*it has no verdict"),
-        (lambda folder: edit(job(folder) / "run.json", mask=None), "run.json, which this comparison did not write"),
-        (lambda folder: edit(job(folder) / "run.json", mask={"total": 0}), "total is 0, but must be from 1"),
+        (lambda folder: edit(job(folder) / "run.json", rounding=None), "run.json, which this comparison did not write"),
+        (lambda folder: edit(job(folder) / "run.json", rounding={"changed": 1e12}), "changed is 1e[+]12, but must be"),
         (metric("ua", {"value": "99"}), "ua is '99', which is not a number"),
         (metric("ua", {"value": True}), "ua is 'True', which is not a number"),
         (metric("ua", {"value": 1e9}), r"ua is 1e\+09, but must be from -1000 to 1000"),

@@ -20,21 +20,24 @@ from salun.diffusion.data.latents import sample_until
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.estimate import preview
 from salun.diffusion.losses import draw, frozen_predictions, training_losses
-from salun.diffusion.methods import rece, speed, spm, uce
+from salun.diffusion.methods import fmn, rece, speed, spm, uce
 from salun.diffusion.methods.fmn import concept_tokens
+from salun.diffusion.model.loading import describe
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.negative_guidance import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
 from salun.diffusion.result import Run
 from salun.diffusion.stages import erasure_stages
 from salun.diffusion.task import ErasureTask
+from salun.diffusion.unread import unread
 from salun.errors import Cancelled, ConfigError
 from salun.masking.low_rank import LowRank
 from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
 
-from .conftest import SHORT
+from .conftest import short_of
 from .test_families import make
 
 ALL = [method for registry in METHODS.values() for method in registry.values()]
@@ -51,6 +54,38 @@ def test_every_method_has_a_function_and_options_with_help(method: Method) -> No
 def test_the_registry_and_options_of_methods_import_no_torch() -> None:
     code = "import sys; import salun.classification.unlearn_options, salun.diffusion.options; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "uce", "lr": 1e-3, "steps": 3}, "steps is 3, but has no .* method uce. Omit steps and lr"),
+        ({"method": "uce", "retain_weight": 2.0, "target_guidance": 1.0}, "Omit retain_weight and target_guidance"),
+        ({"negative_guidance": 2.0}, "negative_guidance is 2.0, but has no effect with the method salun"),
+        ({"method": "ileco", "negative_guidance": 2.0}, "with the method ileco"),
+        ({"method": "leco", "density": 0.1}, "density is 0.1, but has no effect with the method leco"),
+        ({"method": "ca", "anchor_share": 0.3}, "anchor_share is 0.3"),
+        ({"method": "erasediff", "target": "frozen"}, "target is frozen"),
+        ({"method": "esd", "forget_latents": 64}, "forget_latents is 64"),
+        ({"mask": "full", "density": 0.1, "guidance": 5.0}, "with the mask full. Omit density and guidance"),
+        ({"mask": "a.safetensors", "density": 0.1}, "with a mask file"),
+        ({"harden_weight": 0.5}, "harden_weight is 0.5, but has no effect with harden at 0"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_options_without_effect_are_rejected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(**options))
+
+
+@pytest.mark.parametrize("name", METHODS["diffusion"])
+def test_the_options_of_a_record_have_an_effect_or_are_what_a_plan_resolves(name: str) -> None:
+    """Earlier versions recorded every number of the recipe."""
+    settings = describe("shapes").settings
+    plan = make_plan(settings, "shapes", "circle", EraseOptions(method=name))
+    assert not unread(plan.options) and make_plan(settings, "shapes", "circle", plan.options).options == plan.options
+    before = {n: v for n, v in vars(plan.recipe).items() if getattr(plan.options, n, 0) is None}
+    make_plan(settings, "shapes", "circle", dataclasses.replace(plan.options, **before))
 
 
 def embeddings(*counts: int) -> list[torch.Tensor]:
@@ -126,31 +161,48 @@ def test_low_rank_change_has_the_gradient_of_the_weights_led_on() -> None:
 
 
 def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> None:
-    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="uce", **SHORT)
+    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="uce", **short_of("uce"))
     assert run.erased and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in run.erased)
     assert run.history == [] and run.delta.changed > 0
     assert run.metrics["anchor_gap"]["value"] < 0.5, "the forget prompts are answered more like the anchor's"
 
 
-@pytest.mark.parametrize("scope", ["selfattn", "noxattn"])
-def test_uce_without_cross_attention_in_scope_is_rejected(scope: str, shapes: Model) -> None:
-    with pytest.raises(ConfigError, match=f"scope is {scope}, which has no cross-attention"):
-        salun.erase(shapes, "circle", method="uce", scope=scope, **{**SHORT, "eval_images": 0})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "uce", "scope": "selfattn"}, "scope is selfattn, which has no cross-attention for UCE"),
+        ({"method": "rece", "scope": "noxattn"}, "scope is noxattn, which has no cross-attention for RECE"),
+        ({"method": "speed", "scope": "selfattn"}, "for SPEED to edit"),
+        ({"method": "ca", "until": "ua>=0.9", "anchor_share": 0.0}, "anchor_share is 0, but CA trains on"),
+    ],
+)
+def test_what_a_method_cannot_do_is_rejected_by_the_plan(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(**options))
+
+
+def test_fmn_needs_the_concept_in_its_prompts(shapes: Model) -> None:
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(method="fmn"))
+    fmn.check(plan, shapes)
+    with pytest.raises(ConfigError, match="concept is 'zebra', whose tokens are in none of its prompts"):
+        fmn.check(dataclasses.replace(plan, concepts=[salun.Concept("zebra")]), shapes)
 
 
 def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
     def steps(method: str) -> str:
-        return "\n".join(preview("shapes", "circle", EraseOptions(**SHORT, method=method), [], tmp_path / "r")["steps"])
+        options = EraseOptions(**short_of(method), method=method)
+        return "\n".join(preview("shapes", "circle", options, [], tmp_path / "r")["steps"])
 
     assert "4 steps of 4 forget and 4 retain samples" in steps("salun")
     assert "4 steps of 4 samples" in steps("esd") and "retain" not in steps("esd")
-    assert "4 steps of 4 samples" in steps("fmn") and "retain" not in steps("fmn")
+    assert "4 steps of 4 samples" in steps("fmn") and "retain" not in steps("fmn") and "mask" not in steps("fmn")
+    assert "sample 8 anchor latents, with" in steps("ca") and "4 steps of 4 samples" in steps("ca")
     assert "UCE, in closed form" in steps("uce") and "steps of" not in steps("uce")
 
 
 def one_step(shapes: Model, method: str, **options: Any) -> tuple[Run, torch.Generator, Conditioning, Conditioning]:
     """A run of one step of two samples, its random numbers, and its forget prompts and their anchors."""
-    few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0, **options}
+    few = short_of(method, **{"steps": 1, "batch_size": 2, "eval_images": 0, **options})
     run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method=method, seed=5, **few)
     prompts = run.plan.prompts.concepts[0]
     c, g = (shapes.encode([prompt.text for prompt in each]) for each in (prompts.forget, prompts.anchor))
@@ -293,7 +345,8 @@ def test_a_low_rank_training_that_was_stopped_resumes_to_the_same_weights(shapes
 
     few: dict[str, Any] = {"steps": 3, "lr": 1e-2}
     whole, *_ = one_step(shapes, "leco", **few)
-    common = {**SHORT, "batch_size": 2, "eval_images": 0, **few, "method": "leco", "seed": 5, "run_dir": tmp_path / "r"}
+    common = short_of("leco", batch_size=2, eval_images=0, **few) | {"method": "leco", "seed": 5}
+    common["run_dir"] = tmp_path / "r"
     with pytest.raises(Cancelled):
         salun.erase(shapes, salun.Concept("circle", anchor="square"), progress=stop, **common)
     steps: list[int] = []
@@ -331,14 +384,14 @@ def test_the_goal_of_a_method_that_needs_less_than_a_training_set_is_probed_on_s
 
 
 def test_esd_scope_says_which_layers_train(shapes: Model) -> None:
-    few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0}
+    few = short_of("esd", steps=1, batch_size=2, eval_images=0)
     run = salun.erase(shapes, "circle", method="esd", scope="xattn", **few)
     assert run.erased and all(".attn2." in name for name in run.erased)
 
 
 @pytest.mark.parametrize("name", METHODS["diffusion"])
 def test_stages_of_the_plan_are_the_steps_that_progress_reports(name: str, shapes: Model) -> None:
-    few = {**SHORT, "steps": 2, "batch_size": 2, "eval_images": 2}
+    few = short_of(name, steps=2, batch_size=2, eval_images=2)
     steps: dict[str, set[int]] = {}
 
     def progress(event: salun.Event, /) -> None:
@@ -360,6 +413,21 @@ def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pipeline = {"sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[request.param]
     folder = make(tmp_path_factory.mktemp(request.param), pipeline, "epsilon", torch.float32)
     return salun.load(str(folder), device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("name", METHODS["diffusion"])
+def test_every_method_erases_two_concepts_of_sdxl_and_is_undone_to_the_same_bits(name: str, layout: Model) -> None:
+    few = short_of(name, steps=1, batch_size=2, eval_images=0, sampling_steps=1)
+    rate = {"lr": 1e-3} if "lr" in METHODS["diffusion"][name].reads else {}
+    concepts = [salun.Concept("cat", anchor="dog"), salun.Concept("red car", anchor="blue car")]
+    run = salun.erase(layout, concepts, method=name, **few, **rate)
+    base = layout.original()
+    erased = {**base, **run.erased}
+    undone = {**erased, **run.delta.undo(erased)}
+    assert run.delta.changed and len(run.history) == ("steps" in METHODS["diffusion"][name].reads)
+    assert all(torch.equal(undone[key].view(torch.int32), base[key].view(torch.int32)) for key in base)
 
 
 @contextmanager
@@ -414,7 +482,7 @@ def test_fmn_takes_the_attention_from_the_tokens_of_the_concept(checkpointing: b
     few: dict[str, Any] = {"forget_latents": 4, "sampling_steps": 2, "lr": 1e-3, "steps": 3}
     run, generator, *_ = one_step(shapes, "fmn", gradient_checkpointing=checkpointing, **few)
     with shapes.configured(run.plan.options):
-        data = build_training_set(shapes, run.plan, forget_only=True)
+        data = build_training_set(shapes, run.plan, needed="forget")
     rows = torch.randint(4, (2,), generator=generator)
     t = shapes.schedule.sample_t(2, generator)
     noise = torch.randn(2, *shapes.latent_shape, generator=generator)
@@ -439,20 +507,15 @@ def test_fmn_lowers_the_attention(shapes: Model) -> None:
 
 
 def test_tokens_of_several_concepts_are_marked_each_in_its_own_prompts(shapes: Model) -> None:
-    few: dict[str, Any] = {"forget_latents": 3, "sampling_steps": 2, "steps": 1, "batch_size": 2, "eval_images": 0}
-    run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **{**SHORT, **few})
+    few = short_of("fmn", forget_latents=3, sampling_steps=2, steps=1, batch_size=2, eval_images=0)
+    run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **few)
     with shapes.configured(run.plan.options):
-        data = build_training_set(shapes, run.plan, forget_only=True)
+        data = build_training_set(shapes, run.plan, needed="forget")
     marked = concept_tokens(ErasureTask(shapes, run.plan, data, run.mask))
     for i, row in enumerate(marked):
         text = run.plan.prompts.concepts[i // 3].forget[data.forget_rows[i]].text
         (word,) = shapes.tokens(("circle", "red")[i // 3])
         assert row.nonzero().flatten().tolist() == [1 + shapes.tokens(text).index(word)]
-
-
-def test_fmn_runs_on_other_families(layout: Model) -> None:
-    run = salun.erase(layout, "circle", method="fmn", **{**SHORT, "steps": 2, "lr": 1e-3, "eval_images": 0})
-    assert run.delta.changed and len(run.history) == 2
 
 
 def test_tokens_of_a_concept_are_marked_in_long_and_in_repeated_prompts(shapes: Model) -> None:
@@ -465,7 +528,7 @@ def test_tokens_of_a_concept_are_marked_in_long_and_in_repeated_prompts(shapes: 
     assert occurrences([5, 1, 2, 1, 2, 3], [[1, 2], [1, 2, 3], []]) == [(1, 3), (3, 6)]
     run, *_ = one_step(shapes, "fmn", forget_latents=2, sampling_steps=2)
     with shapes.configured(run.plan.options):
-        data = build_training_set(shapes, run.plan, forget_only=True)
+        data = build_training_set(shapes, run.plan, needed="forget")
     twice = dataclasses.replace(data, forget=Conditioning(data.forget.hidden.repeat(1, 2, 1)))
     once, both = (concept_tokens(ErasureTask(shapes, run.plan, each, run.mask)) for each in (data, twice))
     assert torch.equal(once.sum(1), torch.ones(2)) and torch.equal(both, 2 * once.repeat(1, 2))

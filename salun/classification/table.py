@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-import numpy as np
-
 from salun.classification.attacks.mia import FEATURES
 from salun.classification.metrics import COMPARED, gap_to_retrain
 from salun.classification.search import is_no_better_than_original
+from salun.evaluation.interval import interval
 
 Results = Mapping[int, Mapping[str, Any]]  # seed → a job's result
-DRAWS = 10_000  # of the bootstrap
 
 
 def table_of(
@@ -91,25 +89,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "n": len(values),
         "values": list(values),
     }
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """The mean of differences, its 95 % interval by Student's t (low, high) and by the bootstrap, and their median.
-
-    bootstrap: percentiles of the means of 10,000 seeded draws of n with replacement; unlike t it does not assume
-    symmetry, which outliers break. All intervals are None for fewer than two differences.
-    """
-    n = len(values)
-    summary = {"mean": mean(values) if values else None, "median": median(values) if values else None, "n": n}
-    if n < 2:
-        return {**summary, "low": None, "high": None, "bootstrap": None}
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
-    drawn = np.random.default_rng(0).integers(0, n, (DRAWS, n))
-    means = np.asarray(values)[drawn].mean(1)
-    bootstrap = [float(end) for end in np.percentile(means, (2.5, 97.5))]
-    return {**summary, "low": mean(values) - half, "high": mean(values) + half, "bootstrap": bootstrap}
 
 
 def _metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

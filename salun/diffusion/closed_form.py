@@ -14,9 +14,11 @@ from salun.progress import Event, Stage, StageCost
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from salun.diffusion.model.protocol import DiffusionModel
     from salun.diffusion.plan import Plan
     from salun.diffusion.task import ErasureTask, Unlearned
 
+WITHOUT = ("selfattn", "noxattn")  # scopes that leave out cross-attention
 KEYS, VALUES = ".attn2.to_k.weight", ".attn2.to_v.weight"
 
 
@@ -36,12 +38,22 @@ def projections(task: ErasureTask, kinds: Sequence[str] = (KEYS, VALUES)) -> lis
     """The projections in scope. Raises ConfigError if it has no projection."""
     names = [name for name in task.parameters if name.endswith(tuple(kinds))]
     if not names:
-        raise ConfigError(
-            f"is {task.plan.scope}, which has no cross-attention for {task.plan.method.title} to edit",
-            option="scope",
-            advice="Use {scope} full or xattn",
-        )
+        raise _nothing_to_edit(task.plan)
     return names
+
+
+def check(plan: Plan, model: DiffusionModel | None) -> None:
+    """Raise ConfigError for a scope that has no cross-attention in any model."""
+    if plan.scope in WITHOUT:
+        raise _nothing_to_edit(plan)
+
+
+def _nothing_to_edit(plan: Plan) -> ConfigError:
+    return ConfigError(
+        f"is {plan.scope}, which has no cross-attention for {plan.method.title} to edit",
+        option="scope",
+        advice="Use {scope} full or xattn",
+    )
 
 
 def edited(task: ErasureTask, names: Sequence[str], edit: Callable[[str], Tensor]) -> Unlearned:

@@ -8,14 +8,24 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from salun.delta.delta import Delta
 from salun.diffusion.attack import attack_compared
 from salun.diffusion.compare_folder import Erasure, comparison_record, erasure_of, foreign
-from salun.diffusion.compare_jobs import attack_options, job_stages, jobs_of, plans_of, search_jobs, search_stages
+from salun.diffusion.compare_jobs import (
+    attack_options,
+    job_stages,
+    jobs_of,
+    paper_notes,
+    passes_of,
+    plans_of,
+    search_jobs,
+    search_stages,
+    with_methods,
+)
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_search import searched, tuned_by
 from salun.diffusion.compare_table import Result, cells_of, table_of
@@ -61,21 +71,24 @@ def compare(
         options: `concept` names concepts that are erased one at a time.
         model: Loaded; by default the one that the options name.
         run_dir: Gets `jobs/`, `compare.csv`, `report.html` and `run.json`.
-        resume: Continue the unfinished comparison in run_dir.
+        resume: Continue the unfinished comparison in run_dir, or make what failed in a finished one again.
 
     Raises:
         ConfigError: An option cannot work, or run_dir holds what another comparison or nobody's wrote; both are checked
             for every method before the first erasure.
         Cancelled: From `progress`.
     """
-    jobs, searches = jobs_of(options), search_jobs(options)
+    jobs_of(options)  # checked before a model is loaded
     model, folder = model or load_with(options.model or "shapes", options), Path(run_dir)
-    cache = cache or Cache.of_user()
-    stages = search_stages(plans_of(model, options, searches))
-    stages += job_stages(model, options, plans_of(model, options, jobs))
+    options, notes = with_methods(model, options)
+    jobs, searches = jobs_of(options), search_jobs(options)
+    cache, plans = cache or Cache.of_user(), plans_of(model, options, jobs)
+    notes += paper_notes(options, jobs, plans)
+    stages = search_stages(plans_of(model, options, searches)) + job_stages(model, options, plans)
     record = comparison_record(model, options, folder, command, resume)
     with shown(progress) as progress, record.running():
         parts = in_jobs(progress, stages, resumed=record.resumed > 0)
+        record.notes += notes
         tried = searched(model, options, folder, record.fingerprint, parts, cache)
         tuned = tuned_by(tried)
         record.more["searched"] = tuned
@@ -89,7 +102,8 @@ def compare(
             part(Event(Stage.COMPARING, message=f"{i} of {len(stages)}: {erasure.job.name}"))
             results.append(_done(model, options, erasure, part, cache))
         record.metrics = table_of(options.variants, results)
-        record.notes += [f"{result.job}: {result.error}" for result in results if result.error]
+        record.notes += [f"{each.job}: {why}" for each in results for why in (each.error, *each.notes) if why]
+        record.more["failed"] = [result.job for result in results if result.error]
         write_bytes(folder / "compare.csv", _csv(results).encode())
         images = {concept: _images(record, results, folder / "jobs", concept) for concept in options.concept}
         page = comparison_page({**record.as_json(), "status": "done"}, cells_of(record.metrics), images)
@@ -113,10 +127,13 @@ def _done(model: Model, options: CompareOptions, erasure: Erasure, progress: Pro
             return Result(job.name, job.variant.name, job.concept, job.seed, error=str(error))
         stored = read_run(erasure.folder)
     assert stored is not None
-    attacks = _attacked(model, options, erasure, stored, progress)
+    attacks, failed = _attacked(model, options, erasure, stored, progress)
     try:
-        attribute = erasure.plan.subjects[0].attribute
-        return Result.of(job.name, job.variant.name, job.concept, job.seed, stored, attribute, attacks)
+        result = Result.of(
+            job.name, job.variant.name, job.concept, job.seed, stored, erasure.plan.subjects[0].attribute, attacks,
+            passes_of(erasure.plan), sum(p.numel() for p in model.parameters().values()),
+        )  # fmt: skip
+        return replace(result, notes=failed)
     except KeyError as error:
         raise foreign(f"jobs/{job.name}/run.json", f"it has no {error.args[0]}") from error
     except (TypeError, ValueError) as error:
@@ -125,10 +142,10 @@ def _done(model: Model, options: CompareOptions, erasure: Erasure, progress: Pro
 
 def _attacked(
     model: Model, options: CompareOptions, erasure: Erasure, stored: Mapping[str, Any], progress: Progress
-) -> dict[str, float]:
-    """Attack → its ASR in percent, on the model of a finished job; attacks that fail are left out."""
+) -> tuple[dict[str, float], list[str]]:
+    """Attack → its ASR in percent, on the model of a finished job; and why others failed."""
     if not options.attack:
-        return {}
+        return {}, []
     job, delta = erasure.job, erasure.delta
     written = [entry.get("sha256") for entry in stored["outputs"] if entry["kind"] == "delta"]
     if not delta.is_file() or [sha256_file(delta)] != written:
@@ -139,7 +156,8 @@ def _attacked(
         job.name, model, model, [Concept(job.concept)], erasure.plan.options, change, loaded.result_hash
     )
     made = attack_compared(job.name, compared, attack_options(options, job.seed), progress).attacked
-    return {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
+    rates = {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
+    return rates, [f"the attack {each.chosen.text} failed: {each.error}" for each in made if each.error]
 
 
 def _images(record: RunRecord, results: Sequence[Result], jobs: Path, concept: str) -> dict[str, bytes]:

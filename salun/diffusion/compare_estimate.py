@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from salun.diffusion.compare_folder import comparison_record, erasure_of
-from salun.diffusion.compare_jobs import USUAL_TRIALS, job_stages, jobs_of, plans_of, search_jobs, search_stages
+from salun.diffusion.compare_jobs import (
+    USUAL_TRIALS,
+    job_stages,
+    jobs_of,
+    paper_notes,
+    plans_of,
+    search_jobs,
+    search_stages,
+    with_methods,
+)
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_search import FEWEST, TRIALS, Search, next_value, stored_searches, tuned_by
 from salun.diffusion.data.latents import batch_size_of
@@ -37,12 +46,14 @@ def preview_comparison(
     Returns:
         "jobs": name, method, concept, seed, steps (0: in closed form), whether it is done, and least and most seconds
         of each; "searches": variant, option, values that were tried, and least and most seconds that are left of each;
-        "least" and "most" of all that is left.
+        "least" and "most" of all that is left; "notes".
 
     Raises what `compare` would before its first erasure.
     """
-    listed = jobs_of(options)
+    jobs_of(options)  # checked before a model is loaded
     model = model or load_with(options.model or "shapes", options)
+    options, notes = with_methods(model, options)
+    listed = jobs_of(options)
     key = comparison_record(model, options, run_dir).fingerprint
     searches = stored_searches(model, options, run_dir, key)
     tuned = tuned_by(searches)
@@ -68,7 +79,7 @@ def preview_comparison(
     left = [*trials, *(job for job in jobs if not job["done"])]
     return {
         "model": model.name, "device": str(model.device), "run_dir": str(run_dir), "jobs": jobs,
-        "searches": trials,
+        "searches": trials, "notes": [*notes, *paper_notes(options, listed, plans)],
         "least": sum(job["least"] for job in left), "most": sum(job["most"] for job in left),
     }  # fmt: skip
 

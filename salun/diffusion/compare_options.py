@@ -8,13 +8,17 @@ from typing import Any
 
 from salun.diffusion.attack_options import attack_of
 from salun.diffusion.options import GROUPS as ERASE_GROUPS
-from salun.diffusion.options import EraseJob, EraseOptions
+from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import ConfigError
 from salun.methods import METHODS
 from salun.options import from_mapping, option
 from salun.untrusted import parse_yaml
 
 BUDGETS = ("equal-steps", "paper", "tuned")
+EQUAL = (  # options that no variant may set: what is evaluated, and how
+    "anchor", "seed", "eval_images", "detector", "prompt_style", "negative_prompt", "clip_skip", "resolution",
+    "sampling_steps", "sampling_guidance", "sampler", *(item.name for item in fields(ModelOptions)),
+)  # fmt: skip
 NOT_COMPARED = ("method", "mask", "scope", "until", "recipe", "output", "keep_ema")
 
 
@@ -44,13 +48,14 @@ class CompareOptions(EraseJob):
         [],
         "Method to compare, the first with each of the others: METHOD, or METHOD+OPTION=VALUE+… such as "
         "esd+mask=saliency or salun+density=0.1; repeatable",
-        auto="every method",
+        auto="every method that the model can take",
     )
     seeds: int = option(3, "Number of seeds, counted from seed", minimum=1, maximum=1000)
     budget: str = option(
         "equal-steps",
-        "What each method may spend: as many passes through the network as SalUn's steps take; its paper's numbers; or "
-        "the former with a search of its learning rate (of closed forms, a weight) on training prompts",
+        "What the training of each method may spend: as many passes through the network as SalUn's steps take; its "
+        "paper's numbers, where there are any; or the former with a search of its learning rate (of closed forms, a "
+        "weight) on training prompts. Samples and saliency are not counted",
         choices=BUDGETS,
     )
 
@@ -100,6 +105,12 @@ def variant_of(text: str) -> Variant:
             equals = ""
         if not equals:
             raise ConfigError(f"has {part[:60]!r}, but must have OPTION=VALUE", option="methods")
+    if differing := [name for name in values if name in EQUAL]:
+        raise ConfigError(
+            f"has {text[:60]!r}, but {differing[0]} must be equal for all methods",
+            option="methods",
+            advice=f"Use {{{differing[0]}}} for the comparison instead",
+        )
     from_mapping(EraseOptions, values, f"methods {text[:60]}")
     return Variant(text.strip(), values)
 

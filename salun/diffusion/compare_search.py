@@ -18,7 +18,7 @@ from salun.diffusion.compare_table import score_of
 from salun.diffusion.context import open_run
 from salun.diffusion.erase import unlearn
 from salun.diffusion.model.stable_diffusion import Model
-from salun.errors import Cancelled, SalunError
+from salun.errors import ConfigError, MaskError, TrainingError
 from salun.files import write_bytes
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage
@@ -152,13 +152,11 @@ def _store(path: Path, searches: Sequence[Search], key: str) -> None:
 def _score(
     model: Model, options: CompareOptions, search: Search, value: float, progress: Progress, cache: Cache
 ) -> float:
-    """How well an erasure does on images of its training prompts; of one that fails, nothing."""
+    """How well an erasure does on images of its training prompts; one that the value makes fail scores nothing."""
     try:
         chosen = job_options(model, options, search.job, {search.option: value})
         with open_run(model, search.job.concept, chosen, progress=progress, cache=cache, command="search") as context:
             run = unlearn(replace(context, plan=context.plan.on_training_prompts()))
             return min(max(score_of(run.metrics) or 0.0, 0.0), MOST)
-    except Cancelled:
-        raise
-    except SalunError:
+    except (TrainingError, MaskError, ConfigError):
         return 0.0

@@ -10,6 +10,7 @@ import numpy as np
 
 from salun.diffusion.compare_options import Variant
 from salun.evaluation.estimate import Estimate
+from salun.evaluation.interval import interval
 from salun.methods import METHODS
 
 PERCENT = 1000.0  # of a percentage, which a detector's correction may take beyond 100
@@ -40,6 +41,7 @@ COLUMNS = (
     Column("asr", "ASR of the best attack, %"),
     Column("image_drift", "image drift", 3),
     Column("seconds", "seconds", 0),
+    Column("passes", "passes", 0),
     Column("changed", "weights changed, %"),
     Column("delta_mb", "delta, MB", 2),
 )
@@ -54,6 +56,7 @@ class Result:
         values: By `COLUMNS`' names, and ASRs by attack; None for what could not be measured.
         outcome: The verdict's.
         error: Why there is nothing.
+        notes: What went wrong besides.
     """
 
     job: str
@@ -63,6 +66,7 @@ class Result:
     values: Mapping[str, float | None] = field(default_factory=dict)
     outcome: str = ""
     error: str = ""
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -74,12 +78,16 @@ class Result:
         record: Mapping[str, Any],
         attribute: str | None,
         attacks: Mapping[str, float],
+        passes: int | None = None,
+        parameters: int = 1,
     ) -> Result:
         """The result in a finished run's `run.json`.
 
         Args:
             attribute: That the concept is a value of, such as "shape".
             attacks: Attack → its ASR in percent.
+            passes: That it took, with those of its samples and mask.
+            parameters: Of the network.
 
         Raises:
             KeyError, TypeError, ValueError: The record, which may be untrusted input, lacks a part or has another in
@@ -88,7 +96,6 @@ class Result:
         metrics = record["metrics"]
         ua, ra, before = (_value(metrics, name) for name in ("ua", "ra_after", "ra_before"))
         deltas = [_number("bytes", entry["bytes"]) for entry in record["outputs"] if entry["kind"] == "delta"]
-        total = _number("total", record["mask"]["total"], least=1)
         drop = before - ra if before is not None and ra is not None else None
         values = {
             "score": score_of(metrics),
@@ -100,7 +107,8 @@ class Result:
             "asr": max(attacks.values()) if attacks else None,
             "image_drift": _value(metrics, "image_drift"),
             "seconds": sum(_number(stage, record["timings"].get(stage, 0.0)) for stage in TRAINED),
-            "changed": 100 * _number("changed", record["rounding"]["changed"]) / total,
+            "passes": passes,
+            "changed": 100 * _number("changed", record["rounding"]["changed"], most=parameters) / parameters,
             "delta_mb": deltas[0] / 1e6 if deltas else None,
             **{f"ASR {name}": rate for name, rate in attacks.items()},
         }
@@ -144,7 +152,7 @@ def _number(name: str, value: Any, least: float = 0.0, most: float = 1e15) -> fl
 def table_of(variants: Sequence[Variant], results: Sequence[Result]) -> dict[str, Any]:
     """variant → its row: of each column mean and standard deviation, runs, verdicts, and the difference in score.
 
-    The difference is to the first variant, on the same concepts and seeds, with its 95 % interval.
+    The difference is to the first variant, on the same concepts and seeds, with its 95 % interval by Student's t.
     """
     rows: dict[str, Any] = {}
     first = {(each.concept, each.seed): each for each in results if each.variant == variants[0].name}
@@ -159,9 +167,14 @@ def table_of(variants: Sequence[Variant], results: Sequence[Result]) -> dict[str
         pairs = [(each.values["score"], first[each.concept, each.seed].values.get("score")) for each in mine]
         differences = [a - b for a, b in pairs if a is not None and b is not None]
         known = bool(differences) and variant.name != variants[0].name
-        row["difference"] = Estimate.mean(np.array(differences)).as_json() if known else None
+        row["difference"] = _mean(differences).as_json() if known else None
         rows[variant.name] = row
     return rows
+
+
+def _mean(differences: Sequence[float]) -> Estimate:
+    of = interval(differences)
+    return Estimate(of["mean"], of["n"], of["low"], of["high"])
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | int] | None:
@@ -193,7 +206,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     for column in COLUMNS:
         spread = row[column.name]
         deviation = f" ± {spread['std']:.{column.digits}f}" if spread and spread["n"] > 1 else ""
-        cells.append(f"{spread['mean']:.{column.digits}f}{deviation}" if spread else "–")
+        cells.append(f"{spread['mean']:,.{column.digits}f}{deviation}" if spread else "–")
     of = row["difference"]
     ends = f" ({of['low']:+.1f} to {of['high']:+.1f})" if of and of["low"] is not None else ""
     cells.append(f"{of['value']:+.1f}{ends}" if of else "–")

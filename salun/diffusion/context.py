@@ -31,6 +31,7 @@ from salun.errors import ConfigError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
+from salun.methods import load
 from salun.progress import Event, Progress, Stage, StageCost, silent
 from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
@@ -167,8 +168,8 @@ def record_of(
 def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
     """Context manager: configure the model as the plan says; an out-of-memory error says what to try.
 
-    Raises ConfigError for a hardened training of a model that does not show the tokens of its text encoder, and for a
-    method that needs attention maps of a model that does not show them.
+    Raises ConfigError for a hardened training of a model that does not show the tokens of its text encoder, for a
+    method that needs attention maps of a model that does not show them, and for what the method cannot do.
     """
     if plan.method.attention and not isinstance(model, TextAttention):
         raise ConfigError(
@@ -182,6 +183,8 @@ def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
             option="harden",
             advice="Use the command line for it, or set {harden} to 0",
         )
+    if plan.method.check:
+        load(plan.method.check)(plan, model)
     with (
         model.temporarily_trainable(),
         model.configured(plan.options),

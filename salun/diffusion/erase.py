@@ -82,8 +82,8 @@ def unlearn(
 
     with context.stage(Stage.SAMPLING):
         needed = plan.samples(masked=mask is not None)
-        if data is None and needed != "none":
-            data = build_training_set(model, plan, context.progress, needed == "forget", context.cache)
+        if data is None and needed is not None:
+            data = build_training_set(model, plan, context.progress, needed, context.cache)
         record.notes += data.notes if data is not None else ()
     with context.stage(Stage.EVALUATING):
         before = evaluate_model(model, prompts, context.progress, Stage.IMAGES_BEFORE, context.cache)

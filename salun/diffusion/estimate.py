@@ -145,10 +145,11 @@ def _describe_steps(plan: Plan) -> list[str]:
         lines.append(f"encode {options.forget_images} as the forget set")
     if options.retain_images:
         lines.append(f"encode {options.retain_images} and add it to the retain set")
-    if plan.samples() == "forget":
-        lines.append(f"sample {recipe.forget_latents * concepts} forget latents for the mask, with {_sampling(plan)}")
-    if plan.samples() == "all":
-        forget = recipe.forget_latents * concepts
+    forget, needed = recipe.forget_latents * concepts, plan.samples()
+    if needed in ("forget", "anchor") and not (needed == "forget" and options.forget_images):
+        purpose = " for the mask" if plan.method.data == "prompts" else ""
+        lines.append(f"sample {forget} {needed} latents{purpose}, with {_sampling(plan)}")
+    if needed == "all":
         lines.append(
             f"sample {0 if options.forget_images else forget} forget, {forget if recipe.anchor_share else 0} anchor "
             f"and {recipe.retain_latents} retain latents from {sum(len(c.forget) for c in plan.prompts.concepts)} "

@@ -25,6 +25,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.concepts import Concept
+from salun.diffusion.unread import unread, without
 from salun.errors import ConfigError, DataError, ModelError, literal
 from salun.runs.reading import file_of, read_finished
 from salun.runs.record import RunRecord
@@ -127,6 +128,7 @@ def _of_run(folder: Path, options: ComparedOptions) -> Compared:
     job = EraseJob(**read_record(record, folder / "run.json"))
     used = _erase_options(options, job.options)
     used = replace(used, device=options.device, allow_pickle=options.allow_pickle)  # not as recorded
+    used = without(used, unread(used))  # which a record may hold of another recipe
     model = load_with(str(job.model), used)
     loaded = Delta.load(delta)
     change = loaded.apply(model.original())

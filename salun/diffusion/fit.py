@@ -134,7 +134,7 @@ def _tried(plan: Plan, batch_size: int | None) -> Iterator[dict[str, Any]]:
         if not plan.options.gradient_checkpointing:
             yield {"gradient_checkpointing": True}
         yield {"low_vram": True}
-    while batch_size is None and batch > 1:
+    while batch_size is None and batch > 1 and "batch_size" in plan.method.reads:
         batch //= 2
         yield {"low_vram": True, "batch_size": batch}
 

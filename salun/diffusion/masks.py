@@ -91,7 +91,9 @@ def make_mask(
     with training_session(model, plan):
         data = None
         if plan.by_saliency:
-            data = build_training_set(model, plan, progress, not plan.by_ratio, cache or Cache.of_user())
+            data = build_training_set(
+                model, plan, progress, "all" if plan.by_ratio else "forget", cache or Cache.of_user()
+            )
         return find_mask(model, data, plan, progress, load_mask_file(model, plan) if plan.mask_is_file else None)
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,15 +18,13 @@ from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling, schedule_part
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.diffusion.prompts.sets import other_nouns
+from salun.diffusion.unread import check_read, unread, without_effect
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
 from salun.methods import METHODS, Method, load
 from salun.options import BY_GRADIENT, MASKS
 from salun.progress import Stage
 from salun.user_text import syntax_note
-
-if TYPE_CHECKING:
-    pass
 
 BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
@@ -36,16 +34,18 @@ HARDENED_RETAIN = 3.0  # factor of the retain weight there
 FEWEST_BETWEEN = 4  # steps between two probes
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
 
+Samples = Literal["all", "forget", "anchor"]  # of a training set
+
 
 @dataclass(frozen=True)
 class Plan:
     """A fully resolved erasure.
 
-    options: with every number set, so that they reproduce the erasure. recipe: the numbers that depend on the model,
-    from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is meant for few steps,
-    where the options do not say how to sample. notes: lines for the user. detector: of the concepts in images, with its
-    argument after a colon. goal: what to train towards; None for a fixed number of steps, those of the recipe.
-    lr_given: whether the options name the learning rate; with a goal it is measured otherwise.
+    options: with every number set that has an effect, so that they reproduce the erasure. recipe: the numbers that
+    depend on the model, from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is
+    meant for few steps, where the options do not say how to sample. notes: lines for the user. detector: of the
+    concepts in images, with its argument after a colon. goal: what to train towards; None for a fixed number of steps,
+    those of the recipe. lr_given: whether the options name the learning rate; with a goal it is measured otherwise.
     all_latents: forget latents of a fixed number of steps, where a goal takes fewer. usual_steps: the model's, whatever
     the options say; a goal's probes are by them.
     """
@@ -139,11 +139,12 @@ class Plan:
         concepts = [replace(of, eval_forget=of.forget, eval_anchor=of.anchor) for of in self.prompts.concepts]
         return replace(self, prompts=replace(self.prompts, concepts=concepts, eval_retain=self.prompts.retain))
 
-    def samples(self, masked: bool = False) -> Literal["all", "forget", "none"]:
-        """Which latents it needs: for training and probes, for a mask that is not there yet, or none."""
-        if self.method.data == "latents" or self.goal is not None or (self.by_ratio and not masked):
+    def samples(self, masked: bool = False) -> Samples | None:
+        """Which latents it needs: for training and probes, or for a mask that is not there yet; None for none."""
+        data, scored = self.method.data, self.by_saliency and not masked
+        if data == "latents" or self.goal is not None or (scored and (self.by_ratio or data == "anchor")):
             return "all"
-        return "forget" if self.method.data == "forget" or (self.by_saliency and not masked) else "none"
+        return "anchor" if data == "anchor" else "forget" if data == "forget" or scored else None
 
     @property
     def closed_form(self) -> bool:
@@ -159,8 +160,8 @@ ConceptSpec = Concept | str | Sequence[Concept | str]
 def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options: EraseOptions) -> Plan:
     """Resolve the concepts and the options' numbers with the model's settings.
 
-    Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
-    the model does not have.
+    Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, a recipe the
+    model does not have, or an option that has no effect with the method.
     """
     options = _hardened(_of_method(options, settings, model))
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
@@ -174,16 +175,19 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         all_latents, recipe = recipe.forget_latents, replace(recipe, forget_latents=few)
     if options.harden:
         recipe = replace(recipe, retain_weight=HARDENED_RETAIN * recipe.retain_weight)
+    unset = without_effect(options) | {*(BY_GOAL if goal is not None else ())}
     sampling = sampling_with(settings.sampling, options)
     chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
     few_steps = hint(settings.few_steps, settings.sampling, *chosen)
     names = [item.name for item in dataclasses.fields(Recipe) if hasattr(options, item.name)]
+    resolved = {**vars(recipe), **METHODS["diffusion"][options.method].defaults}  # as an earlier record holds them
+    check_read(options, [n for n in unread(options) if n not in names or getattr(options, n) != resolved[n]])
     recipe = replace(recipe, **{n: getattr(options, n) for n in names if getattr(options, n) is not None})
     if options.harden and recipe.target != "frozen":
         raise ConfigError("needs the frozen target", option="harden", advice="Use {target} frozen")
     if options.target_guidance and recipe.target != "frozen":
         raise ConfigError("needs the frozen target", option="target_guidance", advice="Use {target} frozen")
-    return Plan(
+    plan = Plan(
         concepts=concepts,
         prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
         options=replace(
@@ -192,7 +196,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
             resolution=sampling.resolution,
             sampling_steps=sampling.steps,
             sampling_guidance=sampling.guidance,
-            **{name: getattr(recipe, name) for name in names if goal is None or name not in BY_GOAL},
+            **{name: getattr(recipe, name) for name in names if name not in unset},
         ),
         recipe=recipe,
         sampling=sampling,
@@ -204,6 +208,9 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         all_latents=all_latents if options.forget_latents is None else None,
         usual_steps=usual,
     )
+    if plan.method.check:
+        load(plan.method.check)(plan, None)
+    return plan
 
 
 def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> EraseOptions:
@@ -246,9 +253,9 @@ def _hardened(options: EraseOptions) -> EraseOptions:
     options = replace(options, harden=options.harden or POOL) if wanted else options
     if options.harden and not METHODS["diffusion"][options.method].hardens:
         raise ConfigError(
-            f"does not work with the method {options.method}, whose target is not an anchor",
+            f"does not work with the method {options.method}, which has losses of its own",
             option="harden",
-            advice="Use {method} salun or finetune",
+            advice="Use {method} salun, salun-soft or finetune",
         )
     return options
 
@@ -351,8 +358,8 @@ def _resolved(
 
 
 def _paper_recipe(settings: ModelSettings, model: str, kind: str, method: Method) -> Recipe:
-    papers = settings.paper_recipes if not settings.labels or method.mask == "saliency" else {}
     of_salun = method.mask == "saliency" and not method.paper_recipe
+    papers = settings.paper_recipes if not settings.labels or of_salun else {}
     if papers and not of_salun:
         if not method.paper_recipe:
             raise ConfigError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from salun.diffusion.attack_options import AttackOptions, ChosenAttack
     from salun.diffusion.losses import ErasureData
     from salun.diffusion.options import Sampling
-    from salun.diffusion.plan import Plan
+    from salun.diffusion.plan import Plan, Samples
     from salun.diffusion.train_options import ClassTrainOptions
 
 HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
@@ -48,9 +48,7 @@ def erasure_stages(
     """
     concepts, recipe = len(plan.concepts), plan.recipe
     forget = _forget_latents(plan, data, images)
-    needed = plan.samples(masked) if data is None else "none"
-    others = _other_latents(plan, images) if needed == "all" else 0
-    sampled = (0 if images or plan.options.forget_images else forget) + others if needed != "none" else 0
+    sampled = _sampled(plan, plan.samples(masked), forget, images) if data is None else 0
     anchored = recipe.eval_images * sum(bool(concept.anchor) for concept in plan.concepts)
     return merged(
         [
@@ -175,6 +173,14 @@ def class_training_stages(
 
 def _forget_latents(plan: Plan, data: ErasureData | None, images: int) -> int:
     return len(data.forget_latents) if data is not None else (images or plan.recipe.forget_latents) * len(plan.concepts)
+
+
+def _sampled(plan: Plan, needed: Samples | None, forget: int, images: int) -> int:
+    """Latents of a training set that are sampled. forget, images: Of the concepts; the user's images per concept."""
+    retain = plan.recipe.retain_latents
+    mine = 0 if images or plan.options.forget_images else forget
+    others = _other_latents(plan, images)
+    return {None: 0, "forget": mine, "anchor": others - retain, "all": mine + others}[needed]
 
 
 def _other_latents(plan: Plan, images: int) -> int:

@@ -11,8 +11,10 @@ from salun.report.render import Report, Section, page
 MEANING = (
     "Means ± standard deviations over concepts and seeds. UA: images of the concept's prompts without the concept. RA: "
     "images of other prompts that are as prompted. The difference in UA × RA is to the first method, on the same "
-    "concepts and seeds, with its 95 % interval. Seconds: sampling, mask and training on this machine, where samples "
-    "that several methods share count for the first of them."
+    "concepts and seeds, with its 95 % interval by Student's t. Seconds: sampling, mask and training on this machine, "
+    "where samples that several methods share count for the first of them. Passes: of one sample through the network, "
+    "for samples, mask and training, as if nothing was shared; forward and backward count as three. Weights changed: "
+    "of all weights of the network."
 )
 TRADE_OFF = "Each point is a method, its size the time that it took; the best corner is at the top right."
 

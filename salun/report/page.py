@@ -51,8 +51,8 @@ def run_page(
     concepts, metrics = run["concepts"], run["metrics"]
     names = ", ".join(f"“{concept['name']}”" for concept in concepts)
     seconds = sum(run["timings"].values())
-    steps = len(run["losses"]) or run["options"]["steps"]
-    subtitle = f"{run['options']['model']} · seed {run['seed']} · {steps} steps · {seconds:.0f} s on {run['device']}"
+    steps = f"{len(run['losses'])} steps · " if run["losses"] else ""
+    subtitle = f"{run['options']['model']} · seed {run['seed']} · {steps}{seconds:.0f} s on {run['device']}"
     sections = [
         *image_sections(forget, retain, blurred),
         *metric_sections(concepts, metrics),

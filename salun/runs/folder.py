@@ -38,6 +38,8 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
 def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     """The unfinished run that a folder holds, to be resumed; None where it holds none.
 
+    A finished comparison with erasures that failed can be resumed too, which makes these again.
+
     Raises ConfigError for a finished one, for an unfinished one without `resume`, and for an invalid run.json.
     """
     if not os.path.lexists(folder / "run.json"):
@@ -47,7 +49,7 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     except DataError as error:
         raise ConfigError(f"cannot be used: {error}", option="run_dir") from error
     status = record["status"]
-    if status == "done":
+    if status == "done" and not (resume and record.get("failed")):
         raise ConfigError(
             f"{folder} holds a finished run",
             option="run_dir",

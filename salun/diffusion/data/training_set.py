@@ -12,7 +12,7 @@ from salun.diffusion.data.images import EncodedImages, concept_folders, encode_f
 from salun.diffusion.data.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.diffusion.plan import Plan, spread
+from salun.diffusion.plan import Plan, Samples, spread
 from salun.diffusion.prompts.concepts import mentions
 from salun.diffusion.stages import retain_growth
 from salun.errors import ConfigError
@@ -59,7 +59,7 @@ def build_training_set(
     model: DiffusionModel,
     plan: Plan,
     progress: Progress = silent,
-    forget_only: bool = False,
+    needed: Samples = "all",
     cache: Cache | None = None,
     given: UserLatents | None = None,
 ) -> ErasureData:
@@ -71,30 +71,30 @@ def build_training_set(
     the retain samples.
 
     Args:
-        forget_only: What the saliency alone needs, and no more.
+        needed: What to sample: "forget" is what the saliency alone needs, "anchor" the anchor's latents alone.
         cache: Where sampled latents are shared with other runs.
         given: Images that a host has encoded already, in place of the options' folders.
 
     Raises:
         ConfigError: Images of another number of concepts, or no retain samples at all.
     """
-    user = given or _read_images(model, plan, progress, forget_only, cache)
+    user = given or _read_images(model, plan, progress, needed, cache)
     if user.forget is not None and len(user.forget) != len(plan.concepts):
         raise ConfigError(
             f"images of {len(user.forget)} concepts are given, but there are {len(plan.concepts)} concepts",
             advice="Give images of each concept",
         )
-    prompts = _prompts_of(plan, user, forget_only)
-    sampled = _sample(model, plan, prompts, user, progress, cache)
+    prompts = _prompts_of(plan, user, needed)
+    sampled = _sample(model, plan, prompts, user, progress, needed, cache)
     usable: list[int] = []
     captions: list[str] = []
-    if user.retain is not None and not forget_only:
+    if user.retain is not None and needed == "all":
         usable, captions = _usable(list(user.captions), plan, progress)
     retain = [sampled["retain"], sampled["anchor"]]
-    if user.retain is not None and not forget_only:
+    if user.retain is not None and needed == "all":
         retain.append(user.retain[usable].to(model.device))
     retain_prompts = [*prompts.retain, *prompts.sampled_anchor, *captions]
-    if not retain_prompts and not forget_only:
+    if not retain_prompts and needed == "all":
         raise ConfigError(
             "the retain set is empty",
             advice="Set {retain_latents} above 0, or give {retain_images}",
@@ -130,18 +130,18 @@ def further_retain(
 
 
 def _read_images(
-    model: DiffusionModel, plan: Plan, progress: Progress, forget_only: bool, cache: Cache | None
+    model: DiffusionModel, plan: Plan, progress: Progress, needed: Samples, cache: Cache | None
 ) -> UserLatents:
     """The images of the options' folders, encoded."""
     options = plan.options
     forget: list[EncodedImages] = []
-    if options.forget_images is not None:
+    if options.forget_images is not None and needed != "anchor":
         names = [concept.name for concept in plan.concepts]
         folders = concept_folders(as_spelled(Path(options.forget_images).expanduser()), names)
         forget = [encode_folder(model, folder, progress, cache) for folder in folders]
     notes = [line for images in forget for line in images.notes]
     retain = None
-    if options.retain_images is not None and not forget_only:
+    if options.retain_images is not None and needed == "all":
         retain = encode_folder(model, as_spelled(Path(options.retain_images).expanduser()), progress, cache)
         notes += [*retain.notes, *_in_both(forget, retain)]
     for line in notes:
@@ -154,7 +154,7 @@ def _read_images(
     )
 
 
-def _prompts_of(plan: Plan, user: UserLatents, forget_only: bool) -> _Prompts:
+def _prompts_of(plan: Plan, user: UserLatents, needed: Samples) -> _Prompts:
     prompts, seed, recipe = plan.prompts, plan.options.seed, plan.recipe
     each = max(map(len, user.forget)) if user.forget is not None else recipe.forget_latents
     few = min(each, recipe.forget_latents)
@@ -171,8 +171,8 @@ def _prompts_of(plan: Plan, user: UserLatents, forget_only: bool) -> _Prompts:
         forget=[concept.forget[i].text for concept, i in rows],
         rows=tuple(i for _, i in rows),
         anchor=anchor,
-        sampled_anchor=sampled_anchor if recipe.anchor_share and not forget_only else [],
-        retain=[] if forget_only else [prompts.retain[i].text for i in retain],
+        sampled_anchor=sampled_anchor if recipe.anchor_share and needed != "forget" else [],
+        retain=[prompts.retain[i].text for i in retain] if needed == "all" else [],
     )
 
 
@@ -182,11 +182,12 @@ def _sample(
     prompts: _Prompts,
     user: UserLatents,
     progress: Progress,
+    needed: Samples,
     cache: Cache | None,
 ) -> dict[str, Tensor]:
     """Latents of each role, in batches of its own, so that runs which share a role share its batches."""
     roles = {
-        "forget": [] if user.forget is not None else prompts.forget,
+        "forget": [] if user.forget is not None or needed == "anchor" else prompts.forget,
         "anchor": prompts.sampled_anchor,
         "retain": prompts.retain,
     }

@@ -12,6 +12,7 @@ from salun.progress import Stage, StageCost
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from salun.diffusion.model.protocol import DiffusionModel
     from salun.diffusion.plan import Plan
     from salun.diffusion.task import ErasureTask, Unlearned
 
@@ -30,17 +31,12 @@ def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
 
     sg: without a gradient; of the model in training, not of a frozen copy. Trains the keys and values of
     cross-attention, as the paper does for styles and objects.
-
-    Raises:
-        ConfigError: The options leave out anchor samples.
     """
     from torch.nn import functional as F
 
     from salun.diffusion.task import Unlearned
 
     model, data = task.model, task.training_set
-    if not task.plan.recipe.anchor_share:
-        raise ConfigError("is 0, but CA trains on the anchor's samples", option="anchor_share", advice="Raise it")
 
     def losses(step: int) -> dict[str, Tensor]:
         rows, x_0, t, noise = task.drawn(step, data.anchor_latents)
@@ -53,6 +49,14 @@ def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
 
     trained = task.train(losses, {"anchor": options.ca_regularization})
     return Unlearned(task.mask, trained.masters, trained.history)
+
+
+def check(plan: Plan, model: DiffusionModel | None) -> None:
+    """Raise ConfigError for options that leave out the anchor's samples."""
+    if not plan.recipe.anchor_share:
+        raise ConfigError(
+            "is 0, but CA trains on the anchor's samples", option="anchor_share", advice="Omit {anchor_share}"
+        )
 
 
 def stages(plan: Plan) -> list[StageCost]:

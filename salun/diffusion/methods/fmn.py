@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from salun.errors import ConfigError
 from salun.options import NoOptions
 from salun.progress import Stage, StageCost
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from salun.diffusion.model.protocol import DiffusionModel
     from salun.diffusion.plan import Plan
     from salun.diffusion.task import ErasureTask, Unlearned
 
@@ -22,9 +24,6 @@ def fmn(task: ErasureTask, options: NoOptions) -> Unlearned:
     UNet (`scope` full, which their published settings name, and which soon ruins a small model). The paper may first
     learn the tokens by textual inversion, and the authors may add the token that ends the prompt; here the tokens are
     those that name the concept. The equation is from descriptions of the paper, not from its text.
-
-    Raises:
-        ConfigError: No prompt of a concept contains it.
     """
     import torch
 
@@ -50,15 +49,11 @@ def concept_tokens(task: ErasureTask) -> Tensor:
 
     Where a conditioning repeats a shorter prompt k times, k in place of 1: the attention to a token is then divided
     among k, whose squares are a k-th of the square of their sum.
-
-    Raises:
-        ConfigError: No prompt of a concept contains it.
     """
     import torch
 
     from salun.diffusion.attacks.soft_tokens import occurrences, phrases_of
     from salun.diffusion.model.protocol import TextAttention
-    from salun.errors import ConfigError
 
     model, data, concepts = task.model, task.training_set, task.plan.prompts.concepts
     assert isinstance(model, TextAttention)
@@ -72,14 +67,25 @@ def concept_tokens(task: ErasureTask) -> Tensor:
             for start, end in occurrences(model.tokens(prompt.text), phrases):
                 row[positions[start:end]] = length / own
             of_prompts.append(row.repeat(length // own))
-        if not any(row.any() for row in of_prompts):
+        marked += [of_prompts[row] for row in data.forget_rows[i * each : (i + 1) * each]]
+    return torch.stack(marked).to(model.device)
+
+
+def check(plan: Plan, model: DiffusionModel | None) -> None:
+    """Raise ConfigError for a concept that no prompt of it contains, where a model shows its tokens."""
+    from salun.diffusion.attacks.soft_tokens import occurrences, phrases_of
+    from salun.diffusion.model.protocol import TextAttention
+
+    if not isinstance(model, TextAttention):
+        return
+    for i, concept in enumerate(plan.prompts.concepts):
+        phrases = phrases_of(plan, i, model)
+        if not any(occurrences(model.tokens(prompt.text), phrases) for prompt in concept.forget):
             raise ConfigError(
-                f"is {task.plan.concepts[i].name!r}, whose tokens are in none of its prompts, and FMN needs them",
+                f"is {plan.concepts[i].name!r}, whose tokens are in none of its prompts, and FMN needs them",
                 option="concept",
                 advice="Spell it as in its prompts, or use another {method}",
             )
-        marked += [of_prompts[row] for row in data.forget_rows[i * each : (i + 1) * each]]
-    return torch.stack(marked).to(model.device)
 
 
 def stages(plan: Plan) -> list[StageCost]:

@@ -14,7 +14,7 @@ from salun.diffusion.negative_guidance import (
     partly_denoised,
     training_cost,
 )
-from salun.options import option
+from salun.options import Checked, option
 from salun.progress import StageCost
 
 if TYPE_CHECKING:
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LecoOptions(NegativeGuidance):
-    """The options of LECO and iLECO."""
+class IlecoOptions(Checked):
+    """The options of iLECO."""
 
     leco_rank: int = option(4, "LECO, iLECO: rank of the change of each weight", minimum=1, maximum=1024)
+
+
+@dataclass(frozen=True)
+class LecoOptions(IlecoOptions, NegativeGuidance):
+    """The options of LECO."""
 
 
 def leco(task: ErasureTask, options: LecoOptions) -> Unlearned:
@@ -52,7 +57,7 @@ def leco(task: ErasureTask, options: LecoOptions) -> Unlearned:
     return trained_low_rank(task, change, losses)
 
 
-def ileco(task: ErasureTask, options: LecoOptions) -> Unlearned:
+def ileco(task: ErasureTask, options: IlecoOptions) -> Unlearned:
     """iLECO: ε_θ(x_t, c_f) ← ε_θ₀(x_t, c_a), θ = θ₀ + BA/r, on partly denoised samples as of `leco`."""
     import torch
     from torch.nn import functional as F
