@@ -18,8 +18,9 @@ from salun.checkpoints.families.classes import PIXELS
 from salun.checkpoints.locate import LABELS, SETTINGS
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
 from salun.compute.processes import Processes, current_processes
+from salun.diffusion.data.class_images import ClassImages
 from salun.diffusion.data.latents import sample_latents
-from salun.diffusion.model.class_conditional import VALUES, ClassModel
+from salun.diffusion.model.class_conditional import ClassModel
 from salun.diffusion.model.labels import check_labels, vocabulary_of
 from salun.diffusion.model.loading import quiet_libraries
 from salun.diffusion.model.schedule import COSINE
@@ -49,28 +50,6 @@ TIMESTEPS = 1000
 SHOWN = 8  # samples of each class in the image of them
 MOST_SHOWN = 20  # classes in it
 MODEL, SAMPLES = "model", "samples.png"
-
-
-@dataclass(frozen=True, eq=False)
-class ClassImages:
-    """The images that a model learns.
-
-    Args:
-        images: uint8 (n, c, h, w), of the size of the model.
-        labels: int64 (n,).
-        classes: Names by label, of all classes.
-        digest: A hash of all of it.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    digest: str
-
-    def batch(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """Images of ±1, some of them mirrored, float32 (b, c, h, w)."""
-        x = self.images[rows].float() / VALUES - 1
-        return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from salun.diffusion.data.class_images import ClassImages
 from salun.diffusion.data.latents import item_seed, lazy_images, sample_latents
 from salun.diffusion.model.class_conditional import ClassModel
 from salun.diffusion.plan import spread
@@ -17,9 +18,6 @@ from salun.evaluation.detector import DetectorInputs, Samples, load_detector
 from salun.evaluation.estimate import Estimate
 from salun.evaluation.metrics.frechet import frechet_distance
 from salun.progress import Event, Progress, Stage
-
-if TYPE_CHECKING:
-    from salun.diffusion.train import ClassImages
 
 COMPARED = 10_000  # training images at most, whose features are compared
 
