@@ -178,7 +178,7 @@ def test_a_long_list_of_prompts_is_encoded_in_parts(shapes: Model, monkeypatch: 
         monkeypatch.setattr(eval_sets, "ENCODED", 2)
         monkeypatch.setattr(shapes, "encode", lambda prompts: encoded.append(len(prompts)) or encode(prompts))
         parts = sampled_set(shapes, PromptSet("list", rows), [*range(5)], steps.append)
-    assert torch.allclose(parts.parts[0].latents, whole.parts[0].latents, atol=1e-4)
+    assert torch.allclose(parts.parts[0].latents, whole.parts[0].latents, atol=1e-3)
     assert max(encoded) == 2 + 1 and [event.step for event in steps if event.step][-1] == 5
     assert {event.total for event in steps} == {5}
 
