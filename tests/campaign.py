@@ -25,7 +25,7 @@ import pytest
 
 from salun.errors import SalunError
 
-SECONDS = 15.0  # of wall time, on a busy machine, for one action on one case
+SECONDS = 5.0  # of wall time, for one action on one case
 MEMORY = 1_000_000_000  # bytes, of which torch and diffusers take half before anything is read
 LONGEST = 2_000  # characters of a message
 ROOT = Path(__file__).parents[1]

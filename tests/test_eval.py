@@ -173,12 +173,12 @@ def test_a_long_list_of_prompts_is_encoded_in_parts(shapes: Model, monkeypatch: 
     rows = [PromptRow(f"one red {shape}") for shape in ("circle", "square", "ring", "star", "circle")]
     encoded: list[int] = []
     encode, steps = shapes.encode, list[Event]()
-    with shapes.configured(EraseOptions(sampling_steps=1)):
+    with shapes.configured(EraseOptions(sampling_steps=4)):  # a single step magnifies rounding twenty times as much
         whole = sampled_set(shapes, PromptSet("list", rows), [*range(5)])
         monkeypatch.setattr(eval_sets, "ENCODED", 2)
         monkeypatch.setattr(shapes, "encode", lambda prompts: encoded.append(len(prompts)) or encode(prompts))
         parts = sampled_set(shapes, PromptSet("list", rows), [*range(5)], steps.append)
-    assert torch.allclose(parts.parts[0].latents, whole.parts[0].latents, atol=1e-3)
+    assert torch.allclose(parts.parts[0].latents, whole.parts[0].latents, atol=1e-4)
     assert max(encoded) == 2 + 1 and [event.step for event in steps if event.step][-1] == 5
     assert {event.total for event in steps} == {5}
 

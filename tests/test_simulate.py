@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_no_step_of_an_erasure_reads_a_value(family: str, hollow: Callable[..., str]) -> None:
     """Of the published models' shapes: sampling, saliency and training run where reading raises an error."""
     needs = needs_of(hollow(family, "true"), batch_size=4)

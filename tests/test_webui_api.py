@@ -561,7 +561,7 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
     shutil.copytree(run_folder, service.runs.folder / "mine")
     asks = client(service)
     (service.inputs.prompts / "two.txt").write_text("one red circle\none blue star\n", encoding="utf-8")
-    several = {"n": 2, "detector": ["attribute"], "prompts": ["two.txt"], "keep_images": True}
+    several = {"n": 2, "detector": ["attribute", "self"], "prompts": ["two.txt"], "keep_images": True}
     bodies = (
         {"model": "mine", "options": several},
         {"model": "shapes", "options": {"against": "shapes", "concept": ["circle"], "n": 2}},
@@ -579,7 +579,7 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
             kinds = ("(corrected)", "(raw)", "unknown", "drift of images")
             assert rates and all(any(kind in rate for kind in kinds) for rate in rates)
     found = json.loads((service.runs.folder / "mine" / "eval.json").read_text(encoding="utf-8"))
-    assert set(found["detectors"]) == {"attribute"} and found["sets"]["two.txt"]["n"] == 2
+    assert set(found["detectors"]) == {"attribute", "self"} and found["sets"]["two.txt"]["n"] == 2
     assert len(list((service.runs.folder / "mine" / "images" / "two.txt").iterdir())) == 4
     tested = {"n": 8, "images": 2, "attack": ["seeds+tries=1", "quantize"]}
     id = asks.post(f"{PREFIX}/start", json={"kind": "attack", "model": "mine", "options": tested}).json()["id"]

@@ -124,8 +124,8 @@ def server(comfyui: Path, python: str) -> Iterator[str]:
     for folder in ("models/checkpoints", "custom_nodes", "input", "output", "user/default"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     for link, target in ((base / "custom_nodes/salun", ROOT), (base / "models/checkpoints" / CHECKPOINT, checkpoint())):
-        if not link.is_symlink():
-            link.symlink_to(target)
+        link.unlink(missing_ok=True)  # an earlier one may lead to another checkout
+        link.symlink_to(target)
     (base / "user/default/comfy.settings.json").write_text(json.dumps(SETTINGS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -192,13 +192,11 @@ def screenshot(page: Any, left: float | None = None) -> Image.Image:
     y0, x1, y1 = y0 - MARGIN, x1 + MARGIN, y1 + MARGIN
     scale, side, top, bottom = WIDE / (x1 - x0), 90, 130, 90  # of the front end's own bars
     high = round((y1 - y0) * scale)
-    page.set_viewport_size({"width": WIDE + side + 20, "height": high + top + bottom})
+    x, y = page.evaluate(PLACE)  # of the canvas, next to the front end's bars
+    page.set_viewport_size({"width": round(x) + WIDE + side + 20, "height": round(y) + high + top + bottom})
     page.wait_for_timeout(500)
     page.evaluate(SHOW, [scale, side / scale - x0, top / scale - y0])
     page.mouse.move(side + WIDE / 2, high + top + bottom / 2)  # where it points at nothing
-    page.wait_for_timeout(2000)
-    x, y = page.evaluate(PLACE)  # of the canvas, next to the front end's bars
-    page.set_viewport_size({"width": round(x) + WIDE + side + 20, "height": round(y) + high + top + bottom})
     page.wait_for_timeout(2000)
     shown = page.screenshot(clip={"x": x + side, "y": y + top, "width": WIDE, "height": high})
     return Image.open(io.BytesIO(shown)).convert("RGB")

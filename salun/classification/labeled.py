@@ -195,8 +195,8 @@ def role_in(name: str, given: Mapping[str, str]) -> str | None:
 def roles_of(names: Sequence[str], where: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """role → name of the part with that role, and notes that report this.
 
-    A validation part without a test part is the test part, as such data sets are published, if none are given. Raises
-    DataError without a training part, with two parts for one role, or for a given part that does not exist.
+    A validation part without a test part is the test part, as such data sets are published, unless parts are given.
+    Raises DataError without a training part, with two parts for one role, or for a given part that does not exist.
     """
     missing = [part for part in given.values() if part not in names]
     if missing:

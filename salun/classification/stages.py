@@ -86,8 +86,7 @@ def slow_training(options: TaskOptions, data: ImageData, split: Split) -> list[s
     hours = RESNET18_SECONDS * pixels * len(split.train) * (options.train_epochs or 1) / torch.get_num_threads() / 3600
     if hours < 1:
         return []
-    faster = "--model resnet20 or small is faster"
-    return [f"{data.name}: resnet18 takes about {hours:,.0f} h to train on this CPU; {faster}"]
+    return [f"{data.name}: resnet18 takes about {hours:,.0f} h to train on this CPU; resnet20 and small are faster"]
 
 
 def passes_of(options: TaskOptions, split: Split) -> int:

@@ -15,7 +15,7 @@ from salun.detectors import default_detector
 from salun.diffusion.goal import Goal
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
-from salun.diffusion.options import EraseOptions, Recipe, Sampling, schedule_part
+from salun.diffusion.options import EraseOptions, Recipe, Sampling
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.diffusion.prompts.sets import other_nouns
 from salun.diffusion.unread import check_read, unread, without_effect
@@ -228,18 +228,6 @@ def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> Er
     if options.mask is not None and not method.takes_mask:
         raise ConfigError(
             f"is {options.mask}, but the method {method.name} takes none", option="mask", advice="Omit {mask}"
-        )
-    if not method.salun_losses and schedule_part(options.forget_timesteps) != (0, 1):
-        raise ConfigError(
-            f"is {options.forget_timesteps}, but the method {method.name} draws timesteps as its paper does",
-            option="forget_timesteps",
-            advice="Omit {forget_timesteps}, or use {method} salun, salun-soft or finetune",
-        )
-    if not method.salun_losses and options.gradient_surgery:
-        raise ConfigError(
-            f"does not work with the method {method.name}, which has losses of its own",
-            option="gradient_surgery",
-            advice="Omit {gradient_surgery}, or use {method} salun, salun-soft or finetune",
         )
     known = {"scope": "full", **method.defaults, **({"mask": method.mask} if method.takes_mask else {})}
     if settings.labels:

@@ -161,9 +161,7 @@ def train(
         Cancelled: From `progress`; the state is saved before.
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    packs = settings.soft_density is not None or settings.protected or half or processes.count > 1
-    mode: Mode = "pack" if packs or settings.max_norm is not None else settings.mode
-    scale = LARGEST_SCALE if half else 1.0
+    mode, scale = _mode(settings, half, processes), LARGEST_SCALE if half else 1.0
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
         history = _History(_resumed(state, optimizer, settings.steps, processes), optimizer, processes)
@@ -177,9 +175,8 @@ def train(
                     break
                 optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
                 weights = settings.weights if watch is None else watch.weights(settings.weights)
-                take = partial(
-                    take_step, optimizer, losses, step, weights, processes, settings.protected, settings.max_norm
-                )
+                how = processes, settings.protected, settings.max_norm
+                take = partial(take_step, optimizer, losses, step, weights, *how)
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)
@@ -193,6 +190,12 @@ def train(
                 checkpointer.save_on_cancel(history.settled(), history.scale)
             raise
         return _trained(optimizer, history.settled(), threshold)
+
+
+def _mode(settings: TrainingSettings, half: bool, processes: Processes) -> Mode:
+    """How gradients are taken: whether something needs all of them before the step. half: of fp16 weights."""
+    whole = settings.soft_density is not None or settings.max_norm is not None or settings.protected
+    return "pack" if whole or half or processes.count > 1 else settings.mode
 
 
 def _resumed(state: StateFile | None, optimizer: MaskedOptimizer, steps: int, processes: Processes) -> list[LossRow]:
