@@ -151,7 +151,9 @@ def test_what_a_comparison_sets_for_all_reaches_the_methods_that_read_it(shapes:
         ("esd+recipe=paper", "methods has esd[+]recipe=paper, whose recipe is paper, but the paper has no recipe"),
     ):
         with pytest.raises(ConfigError, match=message):
-            plans_of(shapes, options, jobs_of(replace(options, methods=[variant])))
+            plans_of(shapes, options, jobs_of(replace(options, methods=[*methods, variant])))
+    with pytest.raises(ConfigError, match=r"lr is 0[.]001, but has no effect with any of the methods compared"):
+        jobs_of(replace(options, methods=["uce", "speed"]))
 
 
 def test_budget_paper_takes_the_numbers_that_there_are(shapes: Model) -> None:

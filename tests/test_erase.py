@@ -21,7 +21,7 @@ from salun.errors import Cancelled, ConfigError, MaskError, ModelError
 from salun.masking.mask import Mask
 from salun.progress import Event
 
-from .conftest import SHORT
+from .conftest import SHORT, SHOWN
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -118,13 +118,13 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(shapes: Model, run_folder: Path, tmp_path: Path) -> None:
-    salun.erase(shapes, salun.Concept("circle", anchor="square"), run_dir=tmp_path / "again", seed=3, **SHORT)
+    salun.erase(shapes, salun.Concept("circle", anchor="square"), run_dir=tmp_path / "again", seed=3, **SHOWN)
     for name in (f"model/{UNET}", "mask.safetensors", "delta.salun.safetensors", "before_after.png"):
         assert (tmp_path / "again" / name).read_bytes() == (run_folder / name).read_bytes(), name
 
 
 def test_another_seed_gives_another_result(shapes: Model, short_run: Run) -> None:
-    other = salun.erase(shapes, "circle", seed=4, **SHORT)
+    other = salun.erase(shapes, "circle", seed=4, **SHOWN)
     assert other.mask != short_run.mask
 
 
@@ -156,7 +156,7 @@ def test_every_variant_trains_what_its_mask_says_and_no_more(shapes: Model, opti
 
 def test_a_mask_file_is_used_as_it_is(shapes: Model, short_run: Run, run_folder: Path) -> None:
     path = run_folder / "mask.safetensors"
-    again = salun.erase(shapes, salun.Concept("circle", anchor="square"), mask=str(path), seed=3, **SHORT)
+    again = salun.erase(shapes, salun.Concept("circle", anchor="square"), mask=str(path), seed=3, **SHOWN)
     assert again.mask == short_run.mask
     for name, tensor in short_run.erased.items():
         assert torch.equal(bits(again.erased[name]), bits(tensor))

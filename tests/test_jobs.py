@@ -28,7 +28,7 @@ from extension.messages import from_fields, render, to_fields
 from salun.errors import ConfigError, SalunError
 from salun.progress import Event, Stage, StageCost
 
-from .conftest import SHORT
+from .conftest import SHORT, SHOWN
 
 Make = Callable[..., Queue]
 
@@ -71,7 +71,7 @@ def test_cancel_is_quick_and_a_resumed_job_does_what_the_core_does_and_tells_it_
     """To the same bytes as `salun.erase` with the same options, previews or not."""
     seen: list[tuple[float, str]] = []
     queue = make(after=lambda job: seen.append((job.fraction, "after")))
-    job = queue.submit("erase", "forget circle", {**asked(tmp_path / "run"), "preview_every": 2}, "run")
+    job = queue.submit("erase", "forget circle", {**asked(tmp_path / "run", **SHOWN), "preview_every": 2}, "run")
     until(lambda: job.stage == "saliency" or not job.open)
     began = time.monotonic()
     queue.cancel(job.id)
@@ -562,7 +562,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
         pytest.skip(f"no disk can be mounted here: {done.stderr.decode(errors='replace').strip()}")
     try:
         queue = make()
-        job = queue.submit("erase", "x", asked(tmp_path / "run", output=[f"{small}/erased/"]), "run")
+        job = queue.submit("erase", "x", asked(tmp_path / "run", output=[f"{small}/erased/"], **SHOWN), "run")
         until(lambda: job.stage == "saliency" or not job.open)
         free = shutil.disk_usage(small).free
         (small / "filler").write_bytes(bytes(free - 1_000_000))

@@ -18,7 +18,7 @@ from salun.diffusion import probe
 from salun.diffusion.attacks.soft_tokens import occurrences
 from salun.diffusion.data.latents import sample_until
 from salun.diffusion.data.training_set import build_training_set
-from salun.diffusion.estimate import preview
+from salun.diffusion.estimate import describe_steps
 from salun.diffusion.losses import draw, frozen_predictions, training_losses
 from salun.diffusion.methods import fmn, rece, speed, spm, uce
 from salun.diffusion.methods.fmn import concept_tokens
@@ -188,10 +188,10 @@ def test_fmn_needs_the_concept_in_its_prompts(shapes: Model) -> None:
         fmn.check(dataclasses.replace(plan, concepts=[salun.Concept("zebra")]), shapes)
 
 
-def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
+def test_dry_run_describes_what_each_method_does(shapes: Model) -> None:
     def steps(method: str) -> str:
         options = EraseOptions(**short_of(method), method=method)
-        return "\n".join(preview("shapes", "circle", options, [], tmp_path / "r")["steps"])
+        return "\n".join(describe_steps(make_plan(shapes.settings, "shapes", "circle", options)))
 
     assert "4 steps of 4 forget and 4 retain samples" in steps("salun")
     assert "4 steps of 4 samples" in steps("esd") and "retain" not in steps("esd")

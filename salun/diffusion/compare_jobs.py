@@ -15,7 +15,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.stages import attack_stages, erasure_stages
-from salun.diffusion.unread import unread, without
+from salun.diffusion.unread import check_shared, unread, without
 from salun.errors import ConfigError, fill, literal
 from salun.methods import METHODS
 from salun.progress import Stage, StageCost
@@ -42,11 +42,16 @@ class Job:
 
 
 def jobs_of(options: CompareOptions) -> list[Job]:
-    """All erasures: seed by seed, each concept by each method. Raises ConfigError without a concept."""
+    """All erasures: seed by seed, each concept by each method.
+
+    Raises:
+        ConfigError: There is no concept, or an option that has no effect with any of the methods.
+    """
     if not options.concept:
         raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
     jobs: dict[str, Job] = {}
     variants = options.variants
+    check_shared(options.options, [variant.options for variant in variants])
     for seed in range(options.seed, options.seed + options.seeds):
         for i, concept in enumerate(options.concept):
             for variant in variants:

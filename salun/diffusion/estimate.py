@@ -97,7 +97,7 @@ def preview(
         "concepts": [{"name": c.name, "anchor": c.anchor} for c in plan.concepts],
         "notes": plan.notes,
         "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
-        "steps": _describe_steps(plan),
+        "steps": describe_steps(plan),
         "options": asdict(plan.options),
         "seconds": seconds_of(needs.sampled, plan, erasure_stages(plan), pace),
         "measured": not advice,
@@ -137,7 +137,7 @@ def _warnings(disk: dict[Path, int], memory: str) -> list[str]:
     return [*warnings, *([memory] if memory else [])]
 
 
-def _describe_steps(plan: Plan) -> list[str]:
+def describe_steps(plan: Plan) -> list[str]:
     """What the run does, a line for each of its parts."""
     concepts, recipe, options = len(plan.concepts), plan.recipe, plan.options
     lines = []

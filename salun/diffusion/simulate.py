@@ -55,6 +55,8 @@ DECISIVE = (  # options on which needs depend, apart from those of the recipe an
     "gradient_surgery",
     "forget_images",
 )
+WITHOUT_EFFECT = ("steps", "lr", "lr_decay", "retain_weight", "saliency_timesteps", "eval_images")  # of a recipe, on
+# what one step needs
 MOMENTS_8BIT = 6  # bytes of an entry's moments that 8-bit ones save
 SOFT_BYTES = 12  # of an entry: its original, its change, and the size of that, for a soft threshold
 
@@ -110,9 +112,10 @@ def simulate(
         detector=passes_of(plan.detector),
         packs=processes > 1,
         shapes={name: list(shape) for name, shape in shapes_of(spec.stored).items()},
-        config=[str(spec.family), spec.scheduler_config, asdict(plan.sampling)],
+        config=[str(spec.family), spec.scheduler_config, plan.sampling.guided, plan.sampling.resolution],
         options={name: getattr(plan.options, name) for name in DECISIVE},
-        recipe=asdict(plan.recipe),
+        recipe={name: value for name, value in asdict(plan.recipe).items() if name not in WITHOUT_EFFECT},
+        trains=_trains(plan),
         goal=[plan.goal is not None, plan.all_latents, retain_growth(plan)],
         concepts=len(plan.concepts),
         device=device.type,
@@ -121,15 +124,16 @@ def simulate(
     )
     stored = cache.get(key) if cache is not None else None
     if stored is None:
-        stored = _as_tensors(_simulated(spec, plan, device, dtype, processes > 1))
+        stored = _as_tensors(*_simulated(spec, plan, device, dtype, processes > 1))
         if cache is not None:
             cache.put(key, stored)
-    return _of_tensors(stored)
+    return _with_targets(*_of_tensors(stored), plan, device)
 
 
-def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype, packs: bool) -> Needs:
+def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype, packs: bool) -> tuple[Needs, int]:
+    """Without the frozen targets; and the bytes of a step's."""
     options = replace(plan.options, attention="sdpa")  # xformers' kernels need as much
-    trains = any(cost.backward for cost in erasure_stages(plan) if cost.stage is not Stage.SALIENCY)
+    trains = _trains(plan)
     with sketched(spec, dtype) as model, model.configured(options):
         memory = MemoryPeak(model.unet)
         peak = {Stage.SAMPLING: _sampling(model, plan, memory), Stage.IMAGES_BEFORE: _decoding(model, memory)}
@@ -150,18 +154,14 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
         peak[Stage.TRAINING] += SOFT_BYTES * entries_trained
     encoders = text_encoder_parameters(spec) * dtype.itemsize
     vae = _bytes(model.vae)
-    samples = 2 * plan.recipe.batch_size
-    targets = sum(cost.steps for cost in erasure_stages(plan) if cost.stage is Stage.FROZEN_TARGETS)
-    held = 4 * targets * samples * prod(model.latent_shape)
+    target, held = 4 * 2 * plan.recipe.batch_size * prod(model.latent_shape), 0
     if device.type == "cpu":  # where all parts lie in the same memory, from beginning to end
         others = {Stage.IMAGES_BEFORE: encoders}
         more = {stage: others.get(stage, encoders + vae) for stage in peak}
-        if trains:
-            more[Stage.TRAINING] += held
         if trains and plan.goal is not None:  # with the trained weights, while a probe needs the original ones
             peak[Stage.PROBING] = _probed(plan, peak) + (moments + dtype.itemsize) * total
             more[Stage.PROBING] = encoders + vae
-        return Needs({stage: size + more[stage] for stage, size in peak.items()}, 0, sampled)
+        return Needs({stage: size + more[stage] for stage, size in peak.items()}, 0, sampled), target
     peak[Stage.LOADING] = _bytes(model.unet) + encoders
     if options.low_vram and Stage.SALIENCY in peak:
         sums = (8 if plan.by_ratio else 4) * total
@@ -174,7 +174,21 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
         peak[Stage.PROBING] = _probed(plan, peak) + moments * entries_trained
     if trains and plan.goal is not None:
         held += total * dtype.itemsize  # the trained weights, while a probe needs the original ones
-    return Needs(peak, held, sampled)
+    return Needs(peak, held, sampled), target
+
+
+def _with_targets(needs: Needs, target: int, plan: Plan, device: torch.device) -> Needs:
+    """With the targets of all steps, which are held in CPU memory. target: bytes of a step's."""
+    held = target * sum(cost.steps for cost in erasure_stages(plan) if cost.stage is Stage.FROZEN_TARGETS)
+    if not held:
+        return needs
+    if device.type == "cpu":
+        return replace(needs, peak={**needs.peak, Stage.TRAINING: needs.peak[Stage.TRAINING] + held})
+    return replace(needs, cpu=needs.cpu + held)
+
+
+def _trains(plan: Plan) -> bool:
+    return any(cost.backward for cost in erasure_stages(plan) if cost.stage is not Stage.SALIENCY)
 
 
 def _probed(plan: Plan, peak: Mapping[Stage, int]) -> int:
@@ -339,13 +353,13 @@ def _attention_operations() -> dict[Any, Any]:
     }
 
 
-def _as_tensors(needs: Needs) -> dict[str, Tensor]:
-    numbers = {name: getattr(needs, name) for name in NUMBERS}
+def _as_tensors(needs: Needs, target: int) -> dict[str, Tensor]:
+    numbers = {"target": target, **{name: getattr(needs, name) for name in NUMBERS}}
     numbers |= {f"peak {stage}": size for stage, size in needs.peak.items()}
     return {name: torch.tensor([number], dtype=torch.int64) for name, number in numbers.items()}
 
 
-def _of_tensors(tensors: Mapping[str, Tensor]) -> Needs:
+def _of_tensors(tensors: Mapping[str, Tensor]) -> tuple[Needs, int]:
     numbers = {name: int(tensor) for name, tensor in tensors.items()}
     peak = {Stage(name.removeprefix("peak ")): size for name, size in numbers.items() if name.startswith("peak ")}
-    return Needs(peak, **{name: numbers[name] for name in NUMBERS})
+    return Needs(peak, **{name: numbers[name] for name in NUMBERS}), numbers["target"]

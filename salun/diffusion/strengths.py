@@ -70,7 +70,7 @@ def sample_strengths(
             model.load(original if strength == 0 else delta.apply(original, strength, known_hash=model.base_hash))
             weights = None if strength == 0 else _weights(delta, strength)
             latents.append(sample_latents(model, [text], seeds, counted, cache=cache, weights=weights))
-        return decode_images(model, torch.cat(latents))
+        return np.concatenate([decode_images(model, each) for each in latents])  # alone, as `salun sample` does
     finally:
         model.load(original)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
@@ -62,11 +62,23 @@ def check_read(options: EraseOptions, names: Sequence[str]) -> None:
         reason = "harden at 0"
     else:
         reason = f"the method {method.name}"
+    raise _no_effect(options, names, reason)
+
+
+def check_shared(options: EraseOptions, variants: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError for options that have no effect with any of several variants of them."""
+    unused = [{*unread(replace(options, **variant))} - {*variant} for variant in variants]
+    names = [name for name in LISTED if all(name in each for each in unused)]
+    if names:
+        raise _no_effect(options, names, "any of the methods compared")
+
+
+def _no_effect(options: EraseOptions, names: Sequence[str], reason: str) -> ConfigError:
+    """The error of the first of these options; the advice names all of them."""
     listed = [f"{{{each}}}" for each in names]
     others = f"{', '.join(listed[:-1])} and {listed[-1]}" if listed[1:] else listed[0]
-    raise ConfigError(
-        f"is {getattr(options, name)}, but has no effect with {reason}", option=name, advice=f"Omit {others}"
-    )
+    value = getattr(options, names[0])
+    return ConfigError(f"is {value}, but has no effect with {reason}", option=names[0], advice=f"Omit {others}")
 
 
 def _of_mask(options: EraseOptions) -> tuple[str, ...]:
