@@ -213,7 +213,12 @@ def test_a_probe_of_a_hardened_training_is_attacked(shapes: Model, monkeypatch: 
     monkeypatch.setattr(probe, "ATTACKED", 8)
     monkeypatch.setattr(harden, "LONGER", 3)
     monkeypatch.setattr(harden, "ROUND", 3)
-    goal = {"until": "ua>=0.01, retain_drift<=0.9, ra_drop<=1, asr<=1", "steps": 4, "forget_latents": 16}
+    goal = {
+        "until": "ua>=0.01, retain_drift<=0.9, ra_drop<=1, asr<=1",
+        "steps": 4,
+        "forget_latents": 16,
+        "sampling_steps": 6,
+    }
     run = salun.erase(shapes, "circle", progress=salun.silent, **{**FEW, **goal})
     until = run.record.more["until"]
     assert until["goal"] == goal["until"]
