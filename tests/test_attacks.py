@@ -493,7 +493,8 @@ def test_a_repeated_attack_takes_finished_ones_from_the_cache(
     events: list[Event] = []
     first = attack(str(erased / "run"), options, events.append)
     again = attack(str(erased / "run"), options)
-    assert (events[-1].step, events[-1].restored) == (200, 100), "of the two attacks only the second was made"
+    assert events[-1].step == events[-1].total
+    assert 0 < events[-1].restored < events[-1].total, "of the two attacks only the second was made"
     for one, two in zip(first.attacked, again.attacked, strict=True):
         assert one.result is not None and two.result is not None
         assert torch.equal(one.result.latents, two.result.latents) and one.as_json() == two.as_json()

@@ -28,7 +28,7 @@ from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, make_plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
-from salun.diffusion.stages import attack_stages
+from salun.diffusion.stages import attack_stages, attack_steps
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detector, DetectorInputs, facts_of, load_detector
@@ -212,13 +212,16 @@ def _attacked(
     record = record_of(target, options, compared, plan, command, resolved)
     record.notes += plan.notes
     tasks = _tasks(compared, plan, options, prompts, before, pair, detector, progress, cache)
-    parts = [(side, task, each) for side, task in tasks for each in chosen]
+    sizes = attack_steps(plan, options, original.settings.recipe.batch_size)
+    parts = [(side, task, *each) for side, task in tasks for each in zip(chosen, sizes, strict=True)]
     results: list[Attacked] = []
-    restored = 0
-    for i, (side, task, each) in enumerate(parts):
-        task = replace(task, part=(i, len(parts)), restored=restored, progress=progress, passes=0)
+    before_it, restored = 0, 0
+    for side, task, each, size in parts:
+        part = before_it, size, len(tasks) * sum(sizes)
+        task = replace(task, part=part, restored=restored, progress=progress, passes=0)
         results.append(_run(task, side, each, cache))
-        restored += results[-1].restored
+        before_it += size
+        restored += size if results[-1].restored else 0
         replace(task, restored=restored).report(1, 1)
     metrics = metrics_of(detector, pair)
     return AttackReport(compared, plan, options, prompts, before, after, metrics, results, record)

@@ -30,7 +30,7 @@ KNOWN = 48  # images of each kind, at most, on which the detector of the probes 
 OTHERS = 32  # images of other prompts, for the harm at the end of a training; half as many, for the drift, on the way
 MORE, MOST_MORE = 2, 1024  # times the retain samples, where a goal needs more; at most
 PREDICTED = 64  # predictions behind anchor_gap and retain_change, for each kind of prompt, at most: two for each image
-PART = 100  # steps that each attack counts as
+PART = 100  # steps that an attack counts as on average
 TRAINED = 3  # passes of a sample in a step of a training: a backward one counts as two
 LOOKED = 4  # what a detector that looks at images takes for one, with decoding it, in passes, about
 
@@ -122,7 +122,7 @@ def attack_stages(plan: Plan, options: AttackOptions, batch_size: int) -> list[S
     """
     concepts, passes, n = len(plan.concepts), plan.sampling.passes, options.n
     attacked = concepts * (2 if options.control else 1)
-    known, parts = attacked * options.images, attacked * len(options.attacks)
+    known, steps = attacked * options.images, attacked * sum(attack_steps(plan, options, batch_size))
     anchors = n * sum(bool(concept.anchor) for concept in plan.concepts)
     made = attacked * sum(attack_passes(plan, each, n, batch_size) for each in options.attacks)
     return merged(
@@ -131,9 +131,16 @@ def attack_stages(plan: Plan, options: AttackOptions, batch_size: int) -> list[S
             *_images(plan, Stage.IMAGES_AFTER, n),
             *_detecting(plan.detector, concepts, n, anchors, LOOKED),
             StageCost(Stage.SAMPLING, known, forward=known * passes),
-            StageCost(Stage.ATTACKING, parts * PART, forward=made),
+            StageCost(Stage.ATTACKING, steps, forward=made),
         ]
     )
+
+
+def attack_steps(plan: Plan, options: AttackOptions, batch_size: int) -> list[int]:
+    """Steps that each attack counts as for the progress, by its passes; one at least."""
+    passes = [attack_passes(plan, each, options.n, batch_size) for each in options.attacks]
+    of_all = PART * len(passes) / max(sum(passes), 1)
+    return [max(1, round(of_all * each)) for each in passes]
 
 
 def attack_passes(plan: Plan, chosen: ChosenAttack, n: int, batch_size: int) -> int:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from salun.diffusion.data.latents import lazy_images, sample_conditionings
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel, TokenEncoder
 from salun.diffusion.plan import Plan
-from salun.diffusion.stages import PART
 from salun.errors import ConfigError
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detector, Samples, Target
@@ -127,8 +126,8 @@ class AttackTask:
         argument: Of the attack.
         load: Loads another model by its name.
         weights_hash: Of the attacked network.
-        part: (the attack's number, how many there are), for the progress.
-        restored: Attacks before this one whose results came from the cache.
+        part: (steps before this attack, its own, those of all), for the progress.
+        restored: Steps before this attack of those whose results came from the cache.
     """
 
     original: DiffusionModel
@@ -151,7 +150,7 @@ class AttackTask:
     argument: str = ""
     progress: Progress = silent
     passes: int = 0
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int, int, int] = (0, 1, 1)
     restored: int = 0
     _holds_attacked: bool = False
 
@@ -185,9 +184,9 @@ class AttackTask:
 
     def report(self, step: int, total: int) -> None:
         """Tell how far the attack is, unless total is 0; this is where it can be cancelled."""
-        number, count = self.part
-        at = (PART * number + PART * step // total, PART * count) if total else (0, 0)
-        self.progress(Event(Stage.ATTACKING, *at, restored=PART * self.restored))
+        before, steps, of_all = self.part
+        at = (before + steps * step // total, of_all) if total else (0, 0)
+        self.progress(Event(Stage.ATTACKING, *at, restored=self.restored))
 
     # -- weights --------------------------------------------------------------------------------------------------
 
