@@ -24,6 +24,7 @@ from tools.checkpoints import make, unet_config
 
 QUICK: dict[str, Any] = {
     "steps": 1, "batch_size": 1, "forget_latents": 1, "retain_latents": 1, "eval_images": 0, "resolution": 64,
+    "sampling_steps": 2,
 }  # fmt: skip
 SMALL_UNETS = {
     "sd2": {

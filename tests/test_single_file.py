@@ -38,7 +38,7 @@ from .test_families import make as make_folder
 
 QUICK: dict[str, Any] = {
     "steps": 2, "batch_size": 2, "forget_latents": 2, "retain_latents": 2, "eval_images": 0, "lr": 1e-3,
-    "resolution": 64,
+    "resolution": 64, "sampling_steps": 2,
 }  # fmt: skip
 V = ("a picture of a cat", "")
 

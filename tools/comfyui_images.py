@@ -68,10 +68,6 @@ CHANGES: dict[str, dict[str, Any]] = {  # class → inputs
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 8, "cfg": 3.0},
 }
-FIRST = {  # of the first, which trains until the goal is reached
-    "SalUnErase": {"steps": "auto", "lr": "auto", "batch_size": "8"},
-    "SalUnOptions": {"sampling_steps": "10", "forget_latents": "64", "retain_latents": "64"},
-}
 SETTINGS = {
     "Comfy.InstalledVersion": "1.0.0",
     "Comfy.TutorialCompleted": True,
@@ -109,8 +105,6 @@ def workflow(name: str) -> dict[str, Any]:
         graph["options"] = ("SalUnOptions", 0, {})  # below the note
     for node, (kind, column, inputs) in graph.items():
         changed = {**inputs, **CHANGES.get(kind, {})}
-        if name == "erase_a_concept":
-            changed |= FIRST.get(kind, {})
         if "options" in comfy_workflows.described(kind)[0] and node != "options":
             changed["options"] = ("@options", 0)
         if kind == "CLIPTextEncode" and node == "prompt":
