@@ -33,10 +33,9 @@ JOBS: list[dict[str, Any]] = [
 # its first paragraph is written by hand: revise it after a new run
 PREAMBLE = """\
 **What it shows.** Several concepts can be erased in one run. With the recipe's steps for each of them, UA is 98 to
-100 % on average and 97 % or more for the worst concept, and other prompts lose at most 0.8 percentage points. Half of
-these steps suffice for eight concepts, but with two or four the worst one stays at 81 to 85 %. **The union of one
-mask for each concept does not help**: it does as the joint mask does, and trains up to 81 % of the weights. With four
-and eight concepts there is one seed only.
+100 % on average and 96 % or more for the worst concept, and other prompts lose at most 0.7 percentage points. Half of
+these steps leave the worst concept at 84 to 93 %. **The union of one mask for each concept does not help**: it does as
+the joint mask does, and trains up to 81 % of the weights.
 
 Written by `benchmarks/concepts.py`: the first 2, 4 and 8 of {names}, each with its preset anchor, in one run;
 {n} images of each concept's held-out prompts and {n} of other prompts, on a CPU. UA and anchor: the mean over the

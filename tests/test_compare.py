@@ -194,7 +194,10 @@ def test_by_default_a_class_conditional_model_is_compared_by_the_methods_that_it
 # -- a folder that holds something else ----------------------------------------------------------------------------
 
 
-UCE: dict[str, Any] = {"concept": ["circle"], "anchor": ["square"], "methods": ["uce"], "seeds": 1, **FEW}
+UCE: dict[str, Any] = {
+    "concept": ["circle"], "anchor": ["square"], "methods": ["uce"], "seeds": 1, "eval_images": 2, "device": "cpu",
+    "sampling_steps": SHORT["sampling_steps"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
