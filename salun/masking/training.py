@@ -194,8 +194,8 @@ def train(
 
 def _mode(settings: TrainingSettings, half: bool, processes: Processes) -> Mode:
     """How gradients are taken: whether something needs all of them before the step. half: of fp16 weights."""
-    whole = settings.soft_density is not None or settings.max_norm is not None or settings.protected
-    return "pack" if whole or half or processes.count > 1 else settings.mode
+    at_once = settings.soft_density is not None or settings.max_norm is not None or settings.protected
+    return "pack" if at_once or half or processes.count > 1 else settings.mode
 
 
 def _resumed(state: StateFile | None, optimizer: MaskedOptimizer, steps: int, processes: Processes) -> list[LossRow]:
