@@ -68,10 +68,11 @@ class Deltas:
 def rows(gr: Any, names: list[str], prefix: str, **more: Any) -> tuple[list[Any], list[Any]]:
     """Dropdowns of deltas with sliders of their strengths. more: arguments of the dropdowns."""
     chosen, strengths = [], []
+    more = {**named_only(gr), **more}  # of gradio 3 both may hold the same
     for row in range(1, ROWS + 1):
         with gr.Row():
             chosen.append(gr.Dropdown(choices=["", *names], value="", label=f"Delta {row}",
-                                      elem_id=f"{prefix}_delta_{row}", **named_only(gr), **more))  # fmt: skip
+                                      elem_id=f"{prefix}_delta_{row}", **more))  # fmt: skip
             strengths.append(gr.Slider(MIN_STRENGTH, MAX_STRENGTH, value=1.0, step=0.05, label=f"Strength {row}",
                                        elem_id=f"{prefix}_strength_{row}"))  # fmt: skip
     return chosen, strengths

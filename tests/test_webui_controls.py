@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from extension.inputs import NAMES, NOT_OFFERED, TITLES
 from extension.jobs import Job
 from extension.messages import PAGE_ADVICE, from_fields, render, to_fields
 from extension.page import build
+from extension.page_deltas import rows
 from extension.page_history import details
 from extension.parent_pipe import ParentPipe
 from extension.service import Service
@@ -515,6 +516,17 @@ def test_without_a_host_what_was_made_is_in_the_list_and_a_name_is_kept_to(servi
         "mine", "single.safetensors", "20260101-000001-b", "20260101-000000-a",
     ]  # fmt: skip
     assert service.runs.checkpoint(write_run(service, "named", output=[mine, delta]).name) == Path(mine)
+
+
+@pytest.mark.parametrize("version", ["3.41.2", "4.40.0"])
+def test_a_delta_of_a_prompt_can_be_typed_in_every_gradio(version: str) -> None:
+    """A name that a saved image holds may not be in the list."""
+    made = SimpleNamespace(
+        Dropdown=lambda **shown: shown, Slider=lambda *_, **shown: shown, Row=nullcontext, __version__=version
+    )
+    chosen, strengths = rows(made, ["a"], "salun_txt2img", allow_custom_value=True)
+    assert len(chosen) == len(strengths) > 1 and all(each["allow_custom_value"] for each in chosen)
+    assert chosen[0]["choices"] == ["", "a"]
 
 
 def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service, tmp_path: Path) -> None:
