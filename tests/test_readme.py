@@ -102,13 +102,7 @@ def test_the_python_example_runs_and_the_default_recipe_erases(tmp_path: Path, m
     names: dict[str, Any] = {}
     exec(program, names)  # our own text
     assert {p.name for p in tmp_path.iterdir()} == {"erased.safetensors", "circle.salun.safetensors", "report.html"}
-    run, until = names["run"], names["run"].record.more["until"]
-    assert until["reached"] and len(run.history) == until["steps"] < run.plan.recipe.steps
-    assert all(0 <= look["anchor"] <= 1 for look in until["probes"])
-    assert set(run.history[-1]) == {"step", "forget", "retain"}
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "On the way to the goal" in page and "was reached after" in page
-    metrics = run.metrics
+    metrics = names["run"].metrics
     # 96 pictures of each kind: where 98 % is true, fewer than 91 % would be a 1 in 10,000 draw
     assert metrics["ua"]["value"] >= 91
     assert metrics["anchor"]["value"] >= 85

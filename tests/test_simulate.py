@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from salun.diffusion import estimate
+from salun.diffusion import simulate as simulation
 from salun.diffusion.estimate import preview
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.sketch import sketched
@@ -38,6 +39,17 @@ def needs_of(name: str, device: torch.device = GPU, cache: Cache | None = None, 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return Cache(tmp_path_factory.mktemp("cache"))
+
+
+def test_other_numbers_of_steps_need_no_simulation_of_their_own(
+    hollow: Callable[[str], str], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is held for each step is added: the targets of 4 forget and 4 retain samples."""
+    few = needs_of(hollow("sd1"), cache=cache, batch_size=4, steps=5)
+    monkeypatch.setattr(simulation, "_simulated", lambda *_: pytest.fail("it was simulated again"))
+    many = needs_of(hollow("sd1"), cache=cache, batch_size=4, steps=9, lr=1e-3)
+    assert many.cpu - few.cpu == (9 - 5) * (4 + 4) * (4 * 64 * 64) * 4  # the small VAE does not shrink
+    assert many.peak == few.peak
 
 
 @pytest.mark.slow

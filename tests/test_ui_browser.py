@@ -236,7 +236,7 @@ def test_the_report_opens_and_runs_no_script(page: Any) -> None:
 
 
 def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, server: tuple[str, Path]) -> None:
-    fill(page, "steps", "24")
+    fill(page, "steps", "40")
     fill(page, "seed", "7")
     page.locator("#salun_erase").click()
     job = page.locator('.salun-job[data-state="running"]')

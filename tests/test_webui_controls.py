@@ -519,7 +519,7 @@ def test_without_a_host_what_was_made_is_in_the_list_and_a_name_is_kept_to(servi
 
 
 @pytest.mark.parametrize("version", ["3.41.2", "4.40.0"])
-def test_a_delta_of_a_prompt_can_be_typed_in_every_gradio(version: str) -> None:
+def test_a_delta_of_a_prompt_that_is_not_in_the_list_is_taken_by_every_gradio(version: str) -> None:
     """A name that a saved image holds may not be in the list."""
     made = SimpleNamespace(
         Dropdown=lambda **shown: shown, Slider=lambda *_, **shown: shown, Row=nullcontext, __version__=version

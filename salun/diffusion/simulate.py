@@ -55,8 +55,8 @@ DECISIVE = (  # options on which needs depend, apart from those of the recipe an
     "gradient_surgery",
     "forget_images",
 )
-WITHOUT_EFFECT = ("steps", "lr", "lr_decay", "retain_weight", "saliency_timesteps", "eval_images")  # of a recipe, on
-# what one step needs
+# numbers of a recipe on which the needs of one step do not depend
+COUNTS_AND_RATES = ("steps", "lr", "lr_decay", "retain_weight", "saliency_timesteps", "eval_images")
 MOMENTS_8BIT = 6  # bytes of an entry's moments that 8-bit ones save
 SOFT_BYTES = 12  # of an entry: its original, its change, and the size of that, for a soft threshold
 
@@ -114,7 +114,7 @@ def simulate(
         shapes={name: list(shape) for name, shape in shapes_of(spec.stored).items()},
         config=[str(spec.family), spec.scheduler_config, plan.sampling.guided, plan.sampling.resolution],
         options={name: getattr(plan.options, name) for name in DECISIVE},
-        recipe={name: value for name, value in asdict(plan.recipe).items() if name not in WITHOUT_EFFECT},
+        recipe={name: value for name, value in asdict(plan.recipe).items() if name not in COUNTS_AND_RATES},
         trains=_trains(plan),
         goal=[plan.goal is not None, plan.all_latents, retain_growth(plan)],
         concepts=len(plan.concepts),
