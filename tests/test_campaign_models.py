@@ -157,6 +157,9 @@ def attack(folder: Path, numbers: Iterable[int]) -> Findings:
         (diffusion_folder(folder / "diffusion"), diffusion_actions),
         (classifier_folder(folder / "classifier"), classifier_actions),
     ]
+    for made, actions in pristine:
+        for name, action in actions(made).items():
+            findings.time(name, action)
     for number in numbers:
         dice = random.Random(number)
         made, actions = pristine[number % 4 == 0]

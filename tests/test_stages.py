@@ -61,8 +61,11 @@ def as_announced(events: Sequence[Event]) -> list[str]:
     return [stage for stage, _, _ in stages]
 
 
-def test_an_erasure_takes_the_passes_that_it_announces(shapes: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the calibration of the detector `self`."""
+def test_an_erasure_takes_the_passes_that_it_announces(
+    shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the calibration of the detector `self`, and a cache that has no other test's latents."""
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path))
     rows, passes, announced = [0], Counter[Stage](), list[salun.Event]()
     predict = shapes.predict
 
