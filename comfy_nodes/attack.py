@@ -24,6 +24,7 @@ from .look_inputs import ATTACK, WITHOUT_TOKENS, check_families
 from .model import GraphModel
 from .paths import output_path, validation
 from .progress import ComfyProgress
+from .storage import cache
 from .types import Concepts, Node, OptionValues
 
 
@@ -74,7 +75,7 @@ class SalUnAttack(Node):
             "the MODEL after", graph, graph, plan.concepts, plan.options, erased.original(), erased.base_hash
         )
         bar = ComfyProgress(attack_stages(plan, chosen, graph.settings.recipe.batch_size))
-        report = attack_compared(compared.name, compared, chosen, bar, "ComfyUI")
+        report = attack_compared(compared.name, compared, chosen, bar, "ComfyUI", cache())
         folder, name = output_path("attack", "salun", "")
         write_attack(report, folder)
         data: Mapping[str, Any] = {**report.as_json(), "folder": f"output/salun/{name}"}

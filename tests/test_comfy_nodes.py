@@ -314,6 +314,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
             setattr(sys.modules[outer], inner, module)
     for name in ("SALUN_CACHE", "SALUN_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)  # ComfyUI brings none
     return stand_in
 
 

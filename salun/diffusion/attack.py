@@ -152,9 +152,19 @@ def attack(
 
 
 def attack_compared(
-    target: str, compared: Compared, options: AttackOptions, progress: Progress = silent, command: str = ""
+    target: str,
+    compared: Compared,
+    options: AttackOptions,
+    progress: Progress = silent,
+    command: str = "",
+    cache: Cache | None = None,
 ) -> AttackReport:
-    """As `attack`, of models that are loaded. target: as it is recorded."""
+    """As `attack`, of models that are loaded.
+
+    Args:
+        target: As it is recorded.
+        cache: Of samples and results; by default the user's.
+    """
     chosen = options.attacks
     original, plan = attack_plan(target, compared, options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
@@ -164,7 +174,7 @@ def attack_compared(
             stack.enter_context(model.temporarily_trainable())
             stack.enter_context(model.configured(plan.options))
         stack.enter_context(explained_memory_errors("out of memory", advice))
-        return _attacked(target, compared, plan, options, chosen, progress, command)
+        return _attacked(target, compared, plan, options, chosen, progress, command, cache or Cache.of_user())
 
 
 def attack_plan(target: str, compared: Compared, options: AttackOptions) -> tuple[DiffusionModel, Plan]:
@@ -187,9 +197,10 @@ def _attacked(
     chosen: Sequence[ChosenAttack],
     progress: Progress,
     command: str,
+    cache: Cache,
 ) -> AttackReport:
     """The plain prompts, and then each attack on each concept."""
-    original, cache = compared.original, Cache.of_user()
+    original = compared.original
     assert original is not None
     prompts = eval_prompts(plan, options.n, options.seed)
     stages = attack_stages(plan, options, original.settings.recipe.batch_size)
