@@ -30,7 +30,7 @@ HEAD = """# The defaults on other models
 
 **What it shows.** By default, `erase` trains to a goal. Corrected UA is {least:.1f} % or more in all {goals} cases,
 on models most of which no number was tuned on; {goal} end as “erased”{goal_not}.
-With the recipe's fixed number of steps, which was tuned on `shapes`, it is {fixed} of {fixeds}{fixed_not}.
+With the recipe's fixed number of steps, which was tuned on `shapes`, {fixed} of {fixeds} end as “erased”{fixed_not}.
 These are variants of one small model; nothing here says how the defaults for Stable Diffusion do.
 
 Written by `benchmarks/defaults.py`, on a CPU; {images} images of each kind, one seed; intervals are 95 %. Models are
@@ -89,7 +89,7 @@ def _not_erased(rows: list[dict[str, Any]], how: str) -> str:
             ua, before, after = (each[key]["value"] for key in ("ua_corrected", "ra_before", "ra_after"))
             numbers = f"UA {ua:.1f} %, other images right {before:.1f} → {after:.1f} %"
             wrong.append(f"*{each['concept']}* on `{each['model']}` as “{each['verdict']['outcome']}” ({numbers})")
-    return "; " + "; ".join(wrong) if wrong else ""
+    return ", but " + ", ".join(wrong) if wrong else ""
 
 
 def main() -> None:

@@ -166,7 +166,7 @@ def _repeated(job: EraseJob, force: bool) -> list[str]:
 )
 def mask(
     options: EraseOptions,
-    concept: Annotated[list[str], typer.Option(help="Concept to compute the mask for; repeatable")],
+    concept: Annotated[list[str], typer.Option(help="Concept to compute the mask for; repeatable", metavar="TEXT")],
     output: Annotated[Path, typer.Option(callback=unquoted_path, help="Mask file to write (.safetensors)")],
     model: ModelName = None,
     force: Force = False,
@@ -195,7 +195,7 @@ def mask(
 @with_options(ModelOptions)
 def sample(
     options: ModelOptions,
-    prompt: Annotated[list[str], typer.Option(help="Prompt; repeatable")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt; repeatable", metavar="TEXT")],
     output: Annotated[
         Path | None,
         typer.Option(

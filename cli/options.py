@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from salun.diffusion.options import GROUPS, Recipe
+from salun.diffusion.options import GROUPS, OF_RECIPE, Recipe
 from salun.options import option_types
+
+_METAVARS = {str: "TEXT", list: "TEXT", int: "INTEGER", float: "NUMBER"}
 
 
 def with_options(
@@ -76,7 +78,7 @@ def _annotation(item: dataclasses.Field[Any], kind: type, optional: bool, groups
     rules, unset = item.metadata, item.metadata["auto"]
     text = rules["text"] + (f" ({', '.join(rules['choices'])})" if rules["choices"] else "")
     if groups is GROUPS and item.name in {each.name for each in dataclasses.fields(Recipe)}:
-        unset = "the model's recipe"
+        unset = unset or OF_RECIPE
     text += f" (default: {unset})" if unset else ""
     panel = "Expert" if rules["expert"] else next(title for title, names in groups.items() if item.name in names)
     annotation: Any = list[str] if kind is list else kind
@@ -84,4 +86,7 @@ def _annotation(item: dataclasses.Field[Any], kind: type, optional: bool, groups
         annotation = annotation | None
     shown = _default(item) not in (None, [])
     names = [f"-{item.name}"] if len(item.name) == 1 else []
-    return Annotated[annotation, typer.Option(*names, help=text, show_default=shown, rich_help_panel=panel)]
+    return Annotated[
+        annotation,
+        typer.Option(*names, help=text, show_default=shown, rich_help_panel=panel, metavar=_METAVARS.get(kind)),
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 from salun.checkpoints.locate import aliases
 from salun.detectors import WITHOUT_PATH, without_path
 from salun.diffusion.goal import Goal
-from salun.diffusion.options import GROUPS, EraseOptions, Recipe
+from salun.diffusion.options import GROUPS, OF_RECIPE, EraseOptions, Recipe
 from salun.errors import ConfigError
 from salun.methods import METHODS, option_names
 from salun.options import MASKS, option_types
@@ -41,8 +41,6 @@ _AUTO = {  # what `auto` is, where the option's own text does not fit
     "mask": "saliency for the methods salun and ant, full for others",
     "detector": "self, the original model as classifier",
     "steps": "as many as the goal needs; without a goal {} for each concept",
-    "lr": "measured, with a goal; without one {}",
-    "forget_latents": "{}; with a goal half as many",
     "resolution": "512 for SD 1.x, 768 or 512 for SD 2.x, 1024 for SDXL",
     "until": f"{Goal()} for the method salun without steps; else a fixed number of steps",
 }
@@ -103,7 +101,7 @@ def has_auto(name: str, kind: Any = EraseOptions) -> bool:
 
 def auto_means(name: str, kind: Any = EraseOptions) -> str:
     """What `auto` stands for, as the end of a tooltip."""
-    text = _AUTO.get(name, _fields(kind)[name].metadata["auto"] or "{}")
+    text = _AUTO.get(name, _fields(kind)[name].metadata["auto"].replace(OF_RECIPE, "{}") or "{}")
     return text.format(_of_recipe(name)) if "{}" in text else text
 
 

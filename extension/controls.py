@@ -13,7 +13,7 @@ from salun.detectors import WITHOUT_PATH
 from salun.diffusion import attack_options, eval_options
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
-from salun.diffusion.options import GROUPS, EraseJob, Recipe
+from salun.diffusion.options import GROUPS, OF_RECIPE, EraseJob, Recipe
 from salun.errors import ConfigError
 from salun.image_metrics import IMAGE_METRICS
 from salun.options import MASKS
@@ -104,7 +104,8 @@ class Controls:
         """An option's help: that of the command line, except for options that take a path there."""
         of_recipe = {field.name for field in dataclasses.fields(Recipe)}
         shown = self.help.get(name) or str(self.fields[name].metadata["help"]).replace("repeatable", "one per line")
-        return shown + (" (auto: the model's recipe)" if name in of_recipe else "")
+        plain = name in of_recipe and not self.fields[name].metadata["auto"]
+        return shown + (f" (auto: {OF_RECIPE})" if plain else "")
 
     def default_of(self, name: str) -> Any:
         """The default of an option as its control shows it."""

@@ -139,7 +139,7 @@ function results(job) {
   const percent = (e) => `${number(e.value)} % (${number(e.low)}–${number(e.high)}, n = ${e.n})`;
   const metrics = result.metrics;
   if (metrics && metrics.ua) {
-    lines.push(`forgotten (UA), as detected: ${percent(metrics.ua)}, before ${number(metrics.ua_before.value)} %`);
+    lines.push(`forgotten (UA), not corrected for the detector's errors: ${percent(metrics.ua)}, before ${number(metrics.ua_before.value)} %`);
     if (metrics.ra_after) {
       lines.push(`retained (RA): ${percent(metrics.ra_after)}, before ${number(metrics.ra_before.value)} %`);
     }

@@ -50,7 +50,9 @@ class Deltas:
             return requests.undo(chosen(base, "a checkpoint"), chosen(delta, "delta 1"), str(name or ""))
 
         def overlap(*deltas: Any) -> Job:
-            return requests.overlaps([str(d) for d in deltas if d])
+            several = [str(d) for d in deltas if d]
+            chosen(several[1:], "two deltas")
+            return requests.overlaps(several)
 
         def export(form: str) -> Any:
             return queued(

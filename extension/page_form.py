@@ -29,12 +29,13 @@ class Form:
             info=f"{hidden}{service.host.how_to_add()}.", **named_only(gr),
         )  # fmt: skip
         self.preset = gr.Dropdown(
-            choices=list(service.models.concepts(first)), value=None, label="Concept to erase", elem_id="salun_preset",
-            info="A preset, or a concept of the model's vocabulary.", **named_only(gr),
+            choices=list(service.models.concepts(first)), value=None, label="Concept to erase: a preset",
+            elem_id="salun_preset", **named_only(gr),
+            info="Or a word of the model's vocabulary. Empty where you describe the concept below.",
         )  # fmt: skip
         self.concepts = gr.Textbox(
-            label="More concepts, in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
-            info="Added to the preset above, if one is chosen.",
+            label="Or in your own words", lines=2, placeholder="one concept per line", elem_id="salun_words",
+            info="Erased together with the preset, if one is chosen.",
         )  # fmt: skip
         self.anchor = gr.Textbox(
             label="Anchor", placeholder="empty: the preset's; for your own words, the empty prompt", lines=2,

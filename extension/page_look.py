@@ -31,7 +31,7 @@ class Look:
 
 LOOKS = {
     "evaluate": Look(
-        "Is it forgotten?",
+        "Did it work?",
         "Evaluates a run, or any checkpoint compared with its original: on prompts that no training used, with the "
         "same seeds before and after.",
         "salun_evaluate",

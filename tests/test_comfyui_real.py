@@ -52,7 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = os.environ.get("COMFYUI_DIR")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(COMFYUI is None, reason="COMFYUI_DIR names no checkout of ComfyUI: see docs/comfyui.md"),
+    pytest.mark.skipif(COMFYUI is None, reason="COMFYUI_DIR names no checkout of ComfyUI: see docs/tested-hosts.md"),
 ]
 STARVED = """
 from comfy import model_management

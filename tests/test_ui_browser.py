@@ -87,6 +87,9 @@ def test_a_button_without_a_choice_says_what_to_choose(page: Any) -> None:
     unfold(page, "history")
     page.locator(".salun-try").get_by_role("button", name="Try it").click()
     page.locator(".salun-try").get_by_text("Choose a run first.").wait_for()
+    unfold(page, "deltas")
+    page.locator("#salun_overlap").click()
+    page.locator("#salun_delta_said").get_by_text("Choose two deltas first", exact=True).wait_for()
 
 
 def test_no_other_checkpoint_than_the_one_seen_is_erased_from_and_unknown_concepts_are_refused(page: Any) -> None:
@@ -123,7 +126,7 @@ def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) ->
     assert percents == sorted(percents)
     assert len(set(percents)) > 3
     assert page.locator(".salun-job").count() == 1
-    assert re.search(r"forgotten \(UA\), as detected: \d+\.\d % \(", job.inner_text())
+    assert re.search(r"forgotten \(UA\), not corrected for the detector's errors: \d+\.\d % \(", job.inner_text())
     job.locator("img:visible").wait_for()  # before and after
     verdict = job.locator(".salun-verdict")
     assert re.match(
@@ -193,7 +196,7 @@ def test_an_image_that_is_gone_is_asked_for_once_and_the_preview_shown(beside: A
 
 
 def test_lines_are_made_where_the_form_says_one_a_line(beside: Any) -> None:
-    beside.locator("#salun_words").get_by_text("Added to the preset above, if one is chosen.").wait_for()
+    beside.locator("#salun_words").get_by_text("Erased together with the preset, if one is chosen.").wait_for()
     for name in ("words", "anchor", "keep"):
         box = beside.locator(f"#salun_{name} textarea").first
         box.click()
@@ -533,7 +536,7 @@ def test_a_run_is_evaluated_by_clicking(page: Any, server: tuple[str, Path]) -> 
     page.locator("#salun_evaluate_status").get_by_text(f"Queued: “evaluate {run}”").wait_for()
     job = page.locator(".salun-job").filter(has_text=f"evaluate {run}")
     job.get_by_role("button", name="Report").click(timeout=120_000)
-    page.frame_locator(".salun-report iframe").get_by_text("Is it forgotten?").first.wait_for()
+    page.frame_locator(".salun-report iframe").get_by_text("Did it work?").first.wait_for()
     page.get_by_role("button", name="Close").click()
     assert (server[1] / "runs" / run / "eval.html").is_file() and not page.problems
     assert list((server[1] / "runs" / run / "images").glob("*/*.png"))

@@ -573,7 +573,7 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
         status = asks.get(f"{PREFIX}/status?id={id}").json()
         assert status["offers"] == ["evaluation"] and status["result"]["banner"]["outcome"] in OUTCOMES
         page = asks.get(f"{PREFIX}/evaluation?id={id}")
-        assert page.headers["content-type"].startswith("text/html") and "Is it forgotten?" in page.text
+        assert page.headers["content-type"].startswith("text/html") and "Did it work?" in page.text
         if "prompts" in body["options"]:
             rates = [note for note in status["result"]["notes"] if note.startswith("two.txt · 2 · ")]
             kinds = ("(corrected)", "(raw)", "unknown", "drift of images")

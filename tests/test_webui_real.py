@@ -1,4 +1,4 @@
-"""The tab in a real A1111 or Forge on the CPU: the hard points of `docs/webui.md`, one after the other.
+"""The tab in a real A1111 or Forge on the CPU: the hard points of `docs/tested-hosts.md`, one after the other.
 
     WEBUI_DIR=path/to/webui [WEBUI_PYTHON=its/venv/bin/python] pytest tests/test_webui_real.py
 

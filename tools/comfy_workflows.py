@@ -73,30 +73,28 @@ def measured() -> str:
             raise ValueError(f"docs/performance.md simulates no {model!r}")
         return match[1].split("|")[column].split()[0]
 
+    def of(model: str, column: int) -> str:
+        low, least = (simulated(model, "`--low-vram`", each) for each in (column, 0))
+        plain = simulated(model, "plain", column)
+        return f"{low} GiB of VRAM; {least} with `batch_size` 1 too; {plain} with `low_vram` off"
+
     (slow, much), (fast, less) = row("salun, fp32"), row("salun, bf16, `--low-vram`")
     return (
         "### Time and VRAM\n\n"
-        "**Measured**, on two CPU cores (docs/performance.md): a training step of Stable Diffusion 1.5's UNet at 64×64 "
-        f"pixels and batch size 1 takes {slow} s and {much} GiB of CPU memory in fp32, {fast} s and {less} GiB with "
-        "`low_vram` and the dtype bf16.\n\n"
-        f"**Simulated**, for the command line in bf16: as this template is, {simulated(SD15, 'plain', 2)} GiB of VRAM "
-        f"for SD 1.5 (batch size 8) and {simulated(SDXL, 'plain', 1)} for SDXL (4); with `low_vram` in *SalUn Options* "
-        f"{simulated(SD15, '`--low-vram`', 2)} and {simulated(SDXL, '`--low-vram`', 1)}; with batch size 1 too "
-        f"{simulated(SD15, '`--low-vram`', 0)} and {simulated(SDXL, '`--low-vram`', 0)}. `low_vram` holds the fp32 "
-        "copies and Adam's moments of the selected weights in CPU memory, 5.2 GB for SD 1.5.\n\n"
-        "**Not measured**: time and VRAM on a GPU. The newest measurements are in docs/performance.md in "
-        "the folder of salun. The bar "
-        "of *SalUn Erase* counts the steps. If memory is short: "
-        "`low_vram` in *SalUn Options*, `batch_size` 1."
+        "*SalUn Options* has `low_vram` on: the fp32 copies and Adam's moments of the selected weights are in CPU "
+        "memory, 5.2 GB for SD 1.5. Turn it off on a large GPU. Simulated, for the command line in bf16:\n\n"
+        f"- SD 1.5 at 512², batch size 8: {of(SD15, 2)}.\n"
+        f"- SDXL at 1024², batch size 4: {of(SDXL, 1)}.\n\n"
+        f"Measured on two CPU cores, at 64×64 pixels and batch size 1: a step of SD 1.5 takes {slow} s and {much} GiB "
+        f"in fp32, {fast} s and {less} GiB with `low_vram` in bf16; a run needs more (docs/performance.md in the "
+        "folder of salun). **Not measured**: time and VRAM on a GPU."
     )
 
 
-def note(title: str, *steps: str, training: bool = True) -> tuple[str, int, dict[str, Any]]:
-    """The note of a template."""
+def note(title: str, *steps: str, cost: str | None = None) -> tuple[str, int, dict[str, Any]]:
+    """The note of a template. cost: its time and VRAM; None for that of training."""
     lines = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
-    relearns = "; the attack *relearn* also trains, with VRAM as for an erasure (see *Erase a concept*)."
-    sampling = "Those of sampling" + (relearns if "relearn" in lines else ", which is all that this template does.")
-    end = measured() if training else f"### Time and VRAM\n\n{sampling}"
+    end = measured() if cost is None else f"### Time and VRAM\n\n{cost}"
     return "MarkdownNote", 0, {"text": f"## {title}\n\n{lines}\n\n{end}"}
 
 
@@ -144,7 +142,8 @@ WORKFLOWS: dict[str, Graph] = {
         ),
         **LOADER,
         **CONCEPT,
-        "erase": ("SalUnErase", 2, {**PARTS, "vae": ("@load", 2), "concept": ("@concept", 0)}),
+        "options": ("SalUnOptions", 0, {"low_vram": True}),
+        "erase": ("SalUnErase", 2, {**PARTS, **WHAT, "vae": ("@load", 2)}),
         "verdict": ("PreviewAny", 3, {"source": ("@erase", 4)}),
         "before and after": ("PreviewImage", 3, {"images": ("@erase", 2)}),
         "save delta": ("SalUnSaveDelta", 4, {"delta": ("@erase", 1), "filename_prefix": "erased"}),
@@ -165,7 +164,7 @@ WORKFLOWS: dict[str, Graph] = {
         ),
         **LOADER,
         **CONCEPT,
-        "options": ("SalUnOptions", 2, {}),
+        "options": ("SalUnOptions", 2, {"low_vram": True}),
         "data": ("SalUnTrainingData", 3, {**PARTS, **WHAT}),
         "mask": ("SalUnSaliencyMask", 3, {**PARTS, **WHAT, "data": ("@data", 0)}),
         "save mask": ("SalUnSaveMask", 11, {"mask": ("@mask", 0), "filename_prefix": "mask"}),
@@ -192,7 +191,7 @@ WORKFLOWS: dict[str, Graph] = {
             "Several *SalUn Apply Delta* can follow each other, in any order; so can LoRAs.",
             "There is no verdict here, since three images of one prompt are too few for one. *Evaluate and attack* "
             "gives that of a delta.",
-            training=False,
+            cost="Three images are sampled: as much VRAM as your own sampling takes, and three times its time.",
         ),
         **LOADER,
         **DELTA,
@@ -213,7 +212,10 @@ WORKFLOWS: dict[str, Graph] = {
             "*SalUn Evaluate* compares both models on held-out prompts at equal seeds.",
             "*SalUn Attack* tries to bring the concept back, by the attacks that are named in it, one per line; `auto` "
             "makes all of them, of which relearn trains. Its page is in `output/salun`.",
-            training=False,
+            cost="As much VRAM as your own sampling takes; the attack *relearn* also trains, with VRAM as for an "
+            "erasure (see *Erase a concept*). *SalUn Evaluate* samples `n` images of the concept's prompts and `n` of "
+            "others, and *SalUn Attack* more of the concept's, each with both models; the bars of the nodes show the "
+            "time left.",
         ),
         **LOADER,
         **DELTA,
@@ -265,14 +267,15 @@ def _inputs(made: Any) -> dict[str, Any]:
 
 
 def size(kind: str) -> tuple[int, int]:
-    """Width and height of a node in pixels, without its title."""
+    """Width and height of a node in pixels, without its title and its advanced inputs, which the front end hides."""
     wires, widgets, outputs = described(kind)
     rows = SLOT * max(len(wires), len(outputs))
     if kind in HEIGHTS:
         return WIDTHS[kind], HEIGHTS[kind]
     if kind in STOCK:
         return WIDTHS.get(kind, 300), 10 + rows + WIDGET * len(widgets)
-    shown = [settings for name, (_, settings) in _inputs(_node(kind)).items() if name not in wires]
+    inputs = {name: settings for name, (_, settings) in _inputs(_node(kind)).items() if name not in wires}
+    shown = [settings for settings in inputs.values() if not settings.get("advanced")]
     return WIDTH, 10 + rows + sum(TEXT if settings.get("multiline") else WIDGET for settings in shown)
 
 

@@ -1,4 +1,4 @@
-"""Takes screenshots of the example workflows in a real ComfyUI: docs/comfyui.png and example_workflows/*.jpg.
+"""Takes screenshots of the example workflows in a real ComfyUI: docs/comfyui.jpg and example_workflows/*.jpg.
 
     python -m tools.comfyui_images COMFYUI_DIR [--python COMFYUI_PYTHON] [--only NAME]
 
@@ -49,10 +49,10 @@ RETAINED = [
 ]
 OPTIONS = {
     "resolution": "64",
-    "sampling_steps": "6",
+    "sampling_steps": "8",
     "sampling_guidance": "3",
-    "forget_latents": "16",
-    "retain_latents": "16",
+    "forget_latents": "32",
+    "retain_latents": "32",
     "guidance": "3",
 }
 CHANGES: dict[str, dict[str, Any]] = {  # class → inputs
@@ -61,8 +61,8 @@ CHANGES: dict[str, dict[str, Any]] = {  # class → inputs
     "SalUnLoadDelta": {"file": DELTA},
     "SalUnConcept": {"preset": "custom", "text": "circle", "anchor": "square", "retain_prompts": "\n".join(RETAINED)},
     "SalUnOptions": OPTIONS,
-    "SalUnErase": {"steps": "30", "lr": "1e-4", "batch_size": "4"},
-    "SalUnSaliencyMask": {"batch_size": "4"},
+    "SalUnErase": {"steps": "60", "lr": "1e-4", "batch_size": "8"},
+    "SalUnSaliencyMask": {"batch_size": "8"},
     "SalUnEvaluate": {"n": 8},
     "SalUnAttack": {"n": 4, "images": 4},
     "EmptyLatentImage": {"width": 64, "height": 64},
@@ -219,8 +219,8 @@ def take(comfyui: Path, python: str, names: list[str]) -> None:
             write_bytes(ROOT / "example_workflows" / f"{name}.jpg", _bytes(shown, "JPEG", quality=85, optimize=True))
             if name == "erase_a_concept":
                 after_the_note = comfy_workflows.WIDTHS["MarkdownNote"] + comfy_workflows.GAP
-                image = screenshot(page, after_the_note).quantize(128)
-                write_bytes(ROOT / "docs" / "comfyui.png", _bytes(image, "PNG", optimize=True))
+                image = screenshot(page, after_the_note)
+                write_bytes(ROOT / "docs" / "comfyui.jpg", _bytes(image, "JPEG", quality=85, optimize=True))
         browser.close()
 
 

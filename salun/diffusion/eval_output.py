@@ -122,7 +122,7 @@ def _decisions(result: EvalResult) -> list[tuple[str, str, Target, float | None]
 def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
     """The page: verdict, images, metrics of each detector, what became of each set, and how to reproduce it."""
     concepts = data["concepts"]
-    title = "Is it forgotten? " + ", ".join(f"“{concept['name']}”" for concept in concepts)
+    title = "Did it work? " + ", ".join(f"“{concept['name']}”" for concept in concepts)
     names = [of["name"] for of in data["models"].values() if of is not None]
     subtitle = (
         f"{' against '.join(names)} · {result.options.n} images of each held-out set · seed {result.options.seed}"

@@ -17,6 +17,7 @@ from salun.user_text import prompt_text
 
 SCOPES = ("full", "xattn", "xattn-strict", "selfattn", "attn", "noxattn")
 SAMPLERS = ("dpm++2m", "ddim", "euler", "euler_a", "lcm")
+OF_RECIPE = "the model's recipe"  # what an unset number is, unless its option says otherwise
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,19 @@ class EraseOptions(ModelOptions):
         "too, those are the most that it takes",
         auto=f'"{Goal()}" for salun without `steps`, else a fixed number of steps',
     )
-    steps: int | None = option(None, "Training steps, in place of a goal", minimum=1, maximum=1_000_000)
+    steps: int | None = option(
+        None,
+        "Training steps, in place of a goal",
+        auto=f"as many as the goal needs; without a goal {OF_RECIPE}",
+        minimum=1,
+        maximum=1_000_000,
+    )
     batch_size: int | None = option(
         None, "Forget samples per step; as many retain samples are added", minimum=1, maximum=4096
     )
-    lr: float | None = option(None, "Learning rate", above=0, maximum=1)
+    lr: float | None = option(
+        None, "Learning rate", auto=f"measured, with a goal; without one {OF_RECIPE}", above=0, maximum=1
+    )
     lr_decay: float | None = option(
         None,
         "Fraction of the steps, at the end, over which the learning rate decays to 0; 0 keeps it constant",
@@ -152,7 +161,13 @@ class EraseOptions(ModelOptions):
     anchor_share: float | None = option(
         None, "Fraction of the forget latents that are sampled under the anchor", minimum=0, maximum=1, expert=True
     )
-    forget_latents: int | None = option(None, "Forget latents to sample from the model", minimum=1, maximum=1_000_000)
+    forget_latents: int | None = option(
+        None,
+        "Forget latents to sample from the model",
+        auto=f"{OF_RECIPE}; with a goal half as many",
+        minimum=1,
+        maximum=1_000_000,
+    )
     retain_latents: int | None = option(None, "Retain latents to sample from the model", minimum=0, maximum=1_000_000)
     eval_images: int | None = option(
         None,

@@ -52,7 +52,7 @@ def curves(
     def scaled(y: float) -> float:
         return math.log10(max(y, lowest)) if log else y
 
-    width, height, left, bottom, room = 640, 240, 56, 34, 150
+    width, height, left, bottom, room = 640, 240, 62, 34, 44 + 7 * max(map(len, series))
     xs = [x for line in series.values() for x, _ in line]
     (x0, x1), (y0, y1) = _widened(min(xs), max(xs)), y_range or _widened(scaled(lowest), scaled(max(values)))
 
@@ -71,6 +71,8 @@ def curves(
         parts.append(f'<text x="{x:.1f}" y="{height - 19}" text-anchor="middle">{value:g}</text>')
     middle = (left + width - room) / 2
     parts.append(f'<text x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    turned = f'text-anchor="middle" transform="rotate(-90 12 {(height - bottom) / 2})"'
+    parts.append(f'<text x="12" y="{(height - bottom) / 2}" {turned}>{escape(y_label)}</text>')
     for i, (name, line) in enumerate(series.items()):
         kind, top = f"s{i % 6}", 18 + 16 * i
         if log and len(line) > 24:
