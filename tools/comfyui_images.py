@@ -61,7 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # class → inputs
     "SalUnLoadDelta": {"file": DELTA},
     "SalUnConcept": {"preset": "custom", "text": "circle", "anchor": "square", "retain_prompts": "\n".join(RETAINED)},
     "SalUnOptions": OPTIONS,
-    "SalUnErase": {"steps": "60", "lr": "1e-4", "batch_size": "8"},
+    "SalUnErase": {"steps": "60", "lr": "5e-5", "batch_size": "8", "retain_weight": "2"},
     "SalUnSaliencyMask": {"batch_size": "8"},
     "SalUnEvaluate": {"n": 8},
     "SalUnAttack": {"n": 4, "images": 4},
