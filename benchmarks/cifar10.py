@@ -4,7 +4,7 @@
     python benchmarks/cifar10.py train --data DIR --forget random:0.1 class:cat   # and Retrain for these forget sets
     python benchmarks/cifar10.py compare --data DIR         # methods and Retrain in three settings, then the page
     python benchmarks/cifar10.py compare --data DIR --settings class:cat --seeds 1 --methods salun ft --dry-run
-    python benchmarks/cifar10.py page                       # docs/classification-cifar10.md from what is measured
+    python benchmarks/cifar10.py page                       # build/cifar10/results.md from what is measured
     python benchmarks/cifar10.py speed --data DIR           # training steps, against two other loops
 
 DIR holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. Training takes hours on a CPU. It can be interrupted at any
@@ -48,7 +48,7 @@ from salun.runs.cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cifar10"
-PAGE = ROOT / "docs" / "classification-cifar10.md"
+PAGE = ROOT / "build" / "cifar10" / "results.md"
 SETTINGS = {"random:0.1": "random 10 %", "random:0.5": "random 50 %", "class:cat": "one class"}
 METHODS = ["salun", "rl", "ft", "ga", "l1-sparse", "scrub", "ssd"]
 FIRST_SEED = 1  # of originals and comparisons alike

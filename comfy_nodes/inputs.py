@@ -40,9 +40,8 @@ _TOOLTIPS = {  # where the help does not fit
 _AUTO = {  # what `auto` is, where the option's own text does not fit
     "mask": "saliency for the methods salun and ant, full for others",
     "detector": "self, the original model as classifier",
-    "steps": "as many as the goal needs; without a goal {} for each concept",
     "resolution": "512 for SD 1.x, 768 or 512 for SD 2.x, 1024 for SDXL",
-    "until": f"{Goal()} for the method salun without steps; else a fixed number of steps",
+    "until": f"{Goal()} for the method salun without steps, lr_decay and recipe; else a fixed number of steps",
 }
 _SAME = ("eval_images",)  # options of recipes that have one value in all of them, which is their default here
 _PLAIN = ("negative_prompt",)  # optional texts of which the empty one is the default

@@ -34,7 +34,7 @@ class Form:
             info="Or a word of the model's vocabulary. Empty where you describe the concept below.",
         )  # fmt: skip
         self.concepts = gr.Textbox(
-            label="Or in your own words", lines=2, placeholder="one concept per line", elem_id="salun_words",
+            label="In your own words", lines=2, placeholder="one concept per line", elem_id="salun_words",
             info="Erased together with the preset, if one is chosen.",
         )  # fmt: skip
         self.anchor = gr.Textbox(

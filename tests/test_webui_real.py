@@ -750,7 +750,9 @@ def test_a_second_webui_on_the_same_data_folder_says_so(server: Server) -> None:
         page.locator("#txt2img_generate").wait_for(timeout=60_000)
         open_tab(page, "Erase concept")
         page.get_by_text("another program uses the jobs").first.wait_for(timeout=20_000)
-        assert "Traceback" not in second.log.read_text(errors="replace")
+        _, *tracebacks = second.log.read_text(errors="replace").split("Traceback")
+        of_host = "do_read_info_from_repo"  # A1111 looks for the address of a clone, which may have none
+        assert [each for each in tracebacks if of_host not in each] == []
 
 
 def test_the_tab_in_a_narrow_dark_window_and_by_the_keyboard(server: Server) -> None:

@@ -82,11 +82,12 @@ def measured() -> str:
     return (
         "### Time and VRAM\n\n"
         "*SalUn Options* has `low_vram` on: the fp32 copies and Adam's moments of the selected weights are in CPU "
-        "memory, 5.2 GB for SD 1.5. Turn it off on a large GPU. Simulated, for the command line in bf16:\n\n"
+        "memory, 5 GB for SD 1.5 and 15 GB for SDXL. Turn it off on a large GPU. Simulated, for the command line in "
+        "bf16, to which libraries add about 1 GiB:\n\n"
         f"- SD 1.5 at 512², batch size 8: {of(SD15, 2)}.\n"
         f"- SDXL at 1024², batch size 4: {of(SDXL, 1)}.\n\n"
         f"Measured on two CPU cores, at 64×64 pixels and batch size 1: a step of SD 1.5 takes {slow} s and {much} GiB "
-        f"in fp32, {fast} s and {less} GiB with `low_vram` in bf16; a run needs more (docs/performance.md in the "
+        f"in fp32, {fast} s and {less} GiB with `low_vram` in bf16; whole runs need more (docs/checkpoints.md in the "
         "folder of salun). **Not measured**: time and VRAM on a GPU."
     )
 
@@ -212,10 +213,10 @@ WORKFLOWS: dict[str, Graph] = {
             "*SalUn Evaluate* compares both models on held-out prompts at equal seeds.",
             "*SalUn Attack* tries to bring the concept back, by the attacks that are named in it, one per line; `auto` "
             "makes all of them, of which relearn trains. Its page is in `output/salun`.",
-            cost="As much VRAM as your own sampling takes; the attack *relearn* also trains, with VRAM as for an "
-            "erasure (see *Erase a concept*). *SalUn Evaluate* samples `n` images of the concept's prompts and `n` of "
-            "others, and *SalUn Attack* more of the concept's, each with both models; the bars of the nodes show the "
-            "time left.",
+            cost="Somewhat more VRAM than your own sampling: several images are sampled at once. The attack *relearn* "
+            "trains all weights, which takes more than an erasure: connect *SalUn Options* with `low_vram` for it. "
+            "*SalUn Evaluate* samples `n` images of the concept's prompts and `n` of others, with both models; "
+            "*SalUn Attack* samples more for each attack. The nodes' bars count the steps.",
         ),
         **LOADER,
         **DELTA,

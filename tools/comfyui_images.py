@@ -4,8 +4,8 @@
 
 Each workflow is loaded into ComfyUI's front end, run there, and drawn by Chromium (extra `browser`). The checkpoint is
 the bundled model `shapes` in the shape of SD 1 (tools/shapes/comfyui.py), which draws 64×64 pixels, so the numbers that
-fit it are set first, those of SalUn Options in a node that is collapsed. `erase_a_concept` runs first: the others load
-the delta that it saves. The server's folder is build/comfyui_images.
+fit it are set first; a template without SalUn Options gets such a node, collapsed. `erase_a_concept` runs first: the
+others load the delta that it saves. The server's folder is build/comfyui_images.
 """
 
 from __future__ import annotations
@@ -185,11 +185,10 @@ def _get(address: str, path: str) -> Any:
         return json.loads(answer.read())
 
 
-def screenshot(page: Any, left: float | None = None) -> Image.Image:
-    """The graph that is open, WIDE pixels wide when shown. left: where it begins, in the graph's own units."""
+def screenshot(page: Any) -> Image.Image:
+    """The graph that is open, WIDE pixels wide when shown."""
     x0, y0, x1, y1 = page.evaluate(BOUNDS)
-    x0 = (x0 if left is None else left) - MARGIN
-    y0, x1, y1 = y0 - MARGIN, x1 + MARGIN, y1 + MARGIN
+    x0, y0, x1, y1 = x0 - MARGIN, y0 - MARGIN, x1 + MARGIN, y1 + MARGIN
     scale, side, top, bottom = WIDE / (x1 - x0), 90, 130, 90  # of the front end's own bars
     high = round((y1 - y0) * scale)
     x, y = page.evaluate(PLACE)  # of the canvas, next to the front end's bars
@@ -218,9 +217,7 @@ def take(comfyui: Path, python: str, names: list[str]) -> None:
             shown = image.resize((WIDE, round(image.height / SCALE)), Image.Resampling.LANCZOS)
             write_bytes(ROOT / "example_workflows" / f"{name}.jpg", _bytes(shown, "JPEG", quality=85, optimize=True))
             if name == "erase_a_concept":
-                after_the_note = comfy_workflows.WIDTHS["MarkdownNote"] + comfy_workflows.GAP
-                image = screenshot(page, after_the_note)
-                write_bytes(ROOT / "docs" / "comfyui.jpg", _bytes(image, "JPEG", quality=85, optimize=True))
+                shutil.copy(ROOT / "example_workflows" / f"{name}.jpg", ROOT / "docs" / "comfyui.jpg")
         browser.close()
 
 

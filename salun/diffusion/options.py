@@ -90,12 +90,12 @@ class EraseOptions(ModelOptions):
         None,
         "Goal to train towards; probes of held-out prompts on the way decide on steps and learning rate. With `steps` "
         "too, those are the most that it takes",
-        auto=f'"{Goal()}" for salun without `steps`, else a fixed number of steps',
+        auto=f'"{Goal()}" for salun without `steps`, `lr-decay` and `recipe`, else a fixed number of steps',
     )
     steps: int | None = option(
         None,
         "Training steps, in place of a goal",
-        auto=f"as many as the goal needs; without a goal {OF_RECIPE}",
+        auto=f"as many as the goal needs; without a goal {OF_RECIPE}, for each concept",
         minimum=1,
         maximum=1_000_000,
     )
@@ -108,6 +108,7 @@ class EraseOptions(ModelOptions):
     lr_decay: float | None = option(
         None,
         "Fraction of the steps, at the end, over which the learning rate decays to 0; 0 keeps it constant",
+        auto=f"decided by the goal; without one {OF_RECIPE}",
         minimum=0,
         maximum=1,
         expert=True,
