@@ -268,15 +268,14 @@ def _inputs(made: Any) -> dict[str, Any]:
 
 
 def size(kind: str) -> tuple[int, int]:
-    """Width and height of a node in pixels, without its title and its advanced inputs, which the front end hides."""
+    """Width and height of a node in pixels, without its title: with room for hidden inputs, as the front end has it."""
     wires, widgets, outputs = described(kind)
     rows = SLOT * max(len(wires), len(outputs))
     if kind in HEIGHTS:
         return WIDTHS[kind], HEIGHTS[kind]
     if kind in STOCK:
         return WIDTHS.get(kind, 300), 10 + rows + WIDGET * len(widgets)
-    inputs = {name: settings for name, (_, settings) in _inputs(_node(kind)).items() if name not in wires}
-    shown = [settings for settings in inputs.values() if not settings.get("advanced")]
+    shown = [settings for name, (_, settings) in _inputs(_node(kind)).items() if name not in wires]
     return WIDTH, 10 + rows + sum(TEXT if settings.get("multiline") else WIDGET for settings in shown)
 
 
