@@ -277,6 +277,7 @@ def main() -> None:
     elif arguments.command == "train":
         train_originals(arguments.data, arguments.out, arguments.seeds, arguments.forget)
     if arguments.command == "page" or (arguments.command == "compare" and not arguments.dry_run):
+        PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page(), encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ import pytest
 from salun.errors import SalunError
 
 SECONDS = 5.0  # of wall time, for one action on one case; on a slow machine twice what undamaged files take, up to MOST
-MOST = 20.0
+MOST = 10.0
 MEMORY = 1_000_000_000  # bytes, of which torch and diffusers take half before anything is read
 LONGEST = 2_000  # characters of a message
 ROOT = Path(__file__).parents[1]

@@ -52,7 +52,7 @@ def curves(
     def scaled(y: float) -> float:
         return math.log10(max(y, lowest)) if log else y
 
-    width, height, left, bottom, room = 640, 240, 62, 34, 44 + 7 * max(map(len, series))
+    width, height, left, bottom, room = 640, 240, 62, 34, min(150, 44 + 7 * max(map(len, series)))
     xs = [x for line in series.values() for x, _ in line]
     (x0, x1), (y0, y1) = _widened(min(xs), max(xs)), y_range or _widened(scaled(lowest), scaled(max(values)))
 
