@@ -196,6 +196,7 @@ class Bench:
         record = RunRecord(None, "benchmark", {}, job.seed, "cpu")
         with training_session(self.model, plan):
             run = unlearn(RunContext(self.model, plan, record), self.data[key])
+            self.model.load(run.erased)
             after = evaluate_model(self.model, prompts)
             self.model.load(self.model.original())
             metrics = compare(self.model, plan, prompts, before, after)

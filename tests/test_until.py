@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 
 import salun
 from salun.diffusion import probe
-from salun.diffusion.decisions import HEAVIER, Decision, Phase, decide
+from salun.diffusion.decisions import BACK, HEAVIER, RESTARTS, Decision, Phase, decide
 from salun.diffusion.goal import HIGHEST, SURE, Goal, Probed, Seen
+from salun.diffusion.losses import Draw
+from salun.diffusion.methods import salun as salun_method
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
@@ -368,37 +371,72 @@ def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(
     assert all(torch.equal(ends[i][name], ends[i + 1][name]) for i in range(0, len(ends), 2) for name in ends[0])
 
 
-def test_a_wrecked_model_begins_again_from_the_original_weights_resumed_or_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [EVERY, 4], ids=["a probe", "a loss that is not finite"])
+def test_a_wrecked_model_begins_again_from_the_original_weights_resumed_or_not(tmp_path: Path, stop: int) -> None:
+    """As a probe finds it, or a step whose loss is not finite."""
+    told: list[str] = []
+
     def stops_when_wrecked(event: Event) -> None:
-        if event.step == EVERY:
+        told.append(event.message)
+        if event.step == stop:
             raise Cancelled("stopped")
 
-    def trained(state: Path, progress: Any = silent) -> tuple[Trained, dict[int, torch.Tensor]]:
+    def trained(state: Path, progress: Any = silent) -> tuple[Trained, dict[int, torch.Tensor], Until]:
         torch.manual_seed(0)
         layer, x = nn.Linear(6, 4), torch.randn(32, 6)
         named = dict(layer.named_parameters())
         sources = {name: p.detach().clone() for name, p in named.items()}
         settings = TrainingSettings(BUDGET, lambda _: 0.0, lambda p: torch.optim.Adam(p, lr=1e-3))
-        found = Fake(lambda step, s: Probed(step, (seen(0.95),), 0.7 if step == EVERY else 0.01, s))
+        found = Fake(lambda step, s: Probed(step, (seen(0.95),), 0.7 if step == EVERY == stop else 0.01, s))
         before: dict[int, torch.Tensor] = {-1: sources["weight"]}
 
         def losses(step: int) -> dict[str, torch.Tensor]:
             before[step] = layer.weight.detach().clone()
-            return {"forget": layer(x).square().mean()}
+            factor = float("inf") if step + 1 == stop < EVERY else 1.0
+            return {"forget": factor * layer(x).square().mean(), "retain": layer(x).mean()}
 
         until = Until(GOAL, EVERY, BUDGET, found, nullcontext, lr=1e-3)
         file = StateFile(state, "run", 0.0)
-        return train(
-            named, Mask.full(named), losses, settings, progress, sources=sources, watch=until, state=file
-        ), before
+        done = train(named, Mask.full(named), losses, settings, progress, sources=sources, watch=until, state=file)
+        return done, before, until
 
-    whole, before = trained(tmp_path / "whole.safetensors")
-    assert torch.equal(before[EVERY], before[-1]) and not torch.equal(before[EVERY - 1], before[-1])
+    whole, before, until = trained(tmp_path / "whole.safetensors")
+    assert torch.equal(before[stop], before[-1]) and not torch.equal(before[stop - 1], before[-1])
+    assert until.as_json(whole.history)["lr_factor"] == BACK and until.reached(whole.history)
     with pytest.raises(Cancelled):
         trained(tmp_path / "part.safetensors", stops_when_wrecked)
-    resumed, _ = trained(tmp_path / "part.safetensors")
+    resumed, _, _ = trained(tmp_path / "part.safetensors")
     assert resumed.history == whole.history
     assert all(torch.equal(resumed.masters[name], master) for name, master in whole.masters.items())
+    if stop < EVERY:
+        assert losses_of(whole.history)[stop - 1].keys() == {"step", "retain"}, "what is known of it"
+        assert told[-1] == "the loss is inf at step 4: training begins again"
+        assert until.as_json(whole.history)["failed_steps"] == [stop]
+
+
+@pytest.mark.parametrize("first", [1, 45], ids=["from the first step", "after a closing look"])
+def test_losses_that_are_never_finite_again_end_with_the_weights_of_the_best_look_or_an_error(first: int) -> None:
+    layer, x = nn.Linear(6, 4), torch.ones(32, 6)
+    named = dict(layer.named_parameters())
+    sources = {name: p.detach().clone() for name, p in named.items()}
+    settings = TrainingSettings(BUDGET, lambda _: 0.0, lambda p: torch.optim.Adam(p, lr=1e-3))
+    until = Until(GOAL, EVERY, BUDGET, Fake(lambda step, s: Probed(step, (seen(0.95),), 0.04, s)), nullcontext, lr=1e-3)
+    until.write, kept = lambda _, step: kept.append(step), list[int]()
+
+    def trained() -> Trained:
+        def losses(step: int) -> dict[str, torch.Tensor]:
+            return {"forget": layer(x).square().mean() * (float("nan") if step + 1 >= first else 1.0)}
+
+        return train(named, Mask.full(named), losses, settings, sources=sources, watch=until)
+
+    if first == 1:
+        with pytest.raises(TrainingError, match=f"the loss is nan at step {RESTARTS + 1}"):
+            trained()
+        return
+    history = trained().history
+    failures = [first + i for i in range(RESTARTS + 1)]
+    assert (kept, kept_step(history), len(history)) == ([40], 40, failures[-1])
+    assert until.as_json(history)["failed_steps"] == failures and not until.reached(history)
 
 
 def test_confidence_is_the_posterior_of_the_rate() -> None:
@@ -444,23 +482,35 @@ def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(
     page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
     assert "On the way to the goal" in page and "was reached after" in page
 
+    drawn, failing = salun_method.draw, 8  # between two probes: targets computed ahead are of an older decision then
+
+    def spoilt(*given: Any) -> Draw:
+        batch, step = drawn(*given), given[5] + 1
+        return replace(batch, noise=batch.noise * float("inf")) if step == failing else batch
+
+    monkeypatch.setattr(salun_method, "draw", spoilt)
     strict = SMALL | {"until": "ua>=0.1, anchor>=0, retain_drift<=0.001, ra_drop<=1"}
     events.clear()
-    run = salun.erase(shapes, "circle", progress=events.append, **strict)
+    run = salun.erase(shapes, "circle", progress=events.append, run_dir=tmp_path / "strict", **strict)
     until = run.record.more["until"]
-    assert not until["reached"] and until["lr_factor"] < 1
+    assert until["failed_steps"] == [failing] and run.history[failing - 1] == {"step": failing}
+    assert f"the loss is nan at step {failing}: training begins again" in [event.message for event in events]
+    page = (tmp_path / "strict" / "report.html").read_text(encoding="utf-8")
+    assert f"After step {failing} a loss or gradient was not finite, and training began again." in page
+    assert not until["reached"] and until["lr_factor"] < BACK
     assert any(look["ra_drop"] is not None for look in until["probes"])
     assert all(look["anchor"] is None for look in until["probes"])
     trained = [i for i, event in enumerate(events) if event.stage is Stage.TRAINING]
     sampled = [event for event in events[trained[0] :] if event.stage is Stage.SAMPLING]
     assert sampled[-1].step == sampled[-1].total == 2 * SMALL["retain_latents"], "other images were harmed"
 
-    def stop(event: Event) -> None:
-        if event.stage is Stage.TRAINING and event.step == until["steps"] - 2:
+    def stop(at: int, event: Event) -> None:
+        if event.stage is Stage.TRAINING and event.step == at:
             raise Cancelled("stopped")
 
-    with pytest.raises(Cancelled):
-        salun.erase(shapes, "circle", progress=stop, run_dir=tmp_path / "again", **strict)
+    for at in (failing, until["steps"] - 2):
+        with pytest.raises(Cancelled):
+            salun.erase(shapes, "circle", progress=partial(stop, at), run_dir=tmp_path / "again", resume=True, **strict)
     resumed = salun.erase(shapes, "circle", progress=silent, run_dir=tmp_path / "again", resume=True, **strict)
     assert resumed.record.more["until"] == until
     assert all(torch.equal(resumed.erased[name], tensor) for name, tensor in run.erased.items())

@@ -76,8 +76,8 @@ def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int, guided
     smaller change helps, train on at half the rate, falling again, with more retain samples and weight on them. While
     UA stands still, the rate rises, or, where the concept is gone from some images, the target moves, and so it does
     while attacks succeed and other images stay. Where the concept is gone and the anchor is not shown, training
-    continues with more forget samples, and ends where that stands still. A wrecked model begins again from the original
-    weights, at a quarter of the rate.
+    continues with more forget samples, and ends where that stands still. A wrecked model, or a loss that is not finite:
+    training begins again from the original weights, at a quarter of the rate.
 
     Args:
         every: Steps between probes.

@@ -12,6 +12,7 @@ from salun.errors import ConfigError
 
 SURE, PLAUSIBLE = 0.8, 0.15  # probabilities that the concept is gone as the goal wants: to call it so, and to settle
 WRECKED = 0.5  # a drift from which on training begins again: half of that of unrelated images
+INFINITE = 1e9  # drift of images that are not finite; JSON has no other numbers
 PREFIX = "probe "  # of columns of a training's history
 PART = re.compile(
     r"(?P<rate>ua(?:\[(?P<concept>[^\]]+)\])?|anchor)\s*>=\s*(?P<least>\S+)"
@@ -195,6 +196,16 @@ class Probed:
     def wrecked(self) -> bool:
         """Whether little is left of other images."""
         return self.drift is not None and not self.drift < WRECKED  # nor is a drift that is not a number
+
+    @classmethod
+    def of_failure(cls, step: int, concepts: int) -> Probed:
+        """In place of a probe after a step that failed: nothing was looked at, and little is taken to be left."""
+        return cls(step, (Seen(0, 0.0, 0.0),) * concepts, INFINITE)
+
+    @property
+    def failure(self) -> bool:
+        """Whether it is of a step that failed."""
+        return not self.n
 
     def withstands(self, goal: Goal) -> bool:
         """Whether attacks fail as often as the goal wants."""

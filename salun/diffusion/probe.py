@@ -14,7 +14,7 @@ from salun.diffusion.context import RunContext
 from salun.diffusion.data.latents import item_seed, sample_conditionings, sample_latents
 from salun.diffusion.data.training_set import build_training_set, further_retain
 from salun.diffusion.evaluation import expected_retain
-from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed
+from salun.diffusion.goal import INFINITE, PLAUSIBLE, SURE, Goal, Probed
 from salun.diffusion.plan import spread
 from salun.diffusion.probe_detector import ConceptDetector, rate_below
 from salun.diffusion.prompts.vocabulary import Prompt
@@ -30,7 +30,6 @@ from salun.randomness import step_generator
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
 MOST_OTHERS = 64  # images of other prompts, where the first ones are harmed
 HOPELESS = 0.05  # confidence at which no more images are needed
-INFINITE = 1e9  # drift of images that are not finite; JSON has no other numbers
 ATTACKED = 64  # images under attack at the end; half as many on the way
 
 

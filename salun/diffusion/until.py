@@ -23,6 +23,7 @@ WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 LESS = 0.8  # of the harm at the full strength is left at the first of the smaller ones
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
 MOVED, TRIED = f"{PREFIX}moved ", f"{PREFIX}tried "  # columns of a history
+STRENGTH = f"{PREFIX}strength"  # in each row with a probe
 KEPT, EARLIER, LOST = f"{PREFIX}kept", f"{PREFIX}earlier", f"{PREFIX}lost"
 RARER = 0.25  # how often a concept that is gone, its anchor shown, is drawn, relative to another one
 
@@ -92,7 +93,7 @@ class Until:
 
     def keep(self, history: list[LossRow], masters: Mapping[str, Tensor]) -> None:
         """Keep the weights of now where they are the best so far and training continues."""
-        best = self.best(history) if f"{PREFIX}strength" in history[-1] else None
+        best = self.best(history) if STRENGTH in history[-1] else None
         if self.write is not None and best is not None and best.step == len(history) and not self.stops(history):
             self.write(masters, best.step)
 
@@ -114,13 +115,41 @@ class Until:
         decision = self.decision(history)
         return decision.restart and decision.start == len(history)
 
+    def looks(self, history: list[LossRow]) -> bool:
+        """Whether it is time to measure what moved, or for a probe."""
+        return self._measures(history) or self._probes(history)
+
+    def _measures(self, history: list[LossRow]) -> bool:
+        step, now = len(history), self.decision(history)
+        due = self.redraws and step // self.every % PAIR == 0 and not {f"{MOVED}0", STRENGTH} & history[-1].keys()
+        return due and step == _unchanged_until(now, self.every, step - 1)
+
+    def _probes(self, history: list[LossRow]) -> bool:
+        now = self.decision(history)
+        return len(history) == now.start + now.length and STRENGTH not in history[-1]
+
+    def failed(self, history: list[LossRow]) -> bool:
+        """Take a step that failed for a probe that finds the model wrecked; False where no weights are left to take."""
+        failure = Probed.of_failure(len(history), self.concepts)
+        ahead = [*history[:-1], history[-1] | failure.as_row()]
+        if self.decision(ahead).phase is Phase.GIVE_UP:
+            best = self.best(ahead) if self.write is not None else None
+            if best is None:
+                return False
+            ahead[-1] |= self._earlier(self._least_harmful(looks_of(ahead[best.step - 1]), best))
+        history[-1] = ahead[-1]
+        return True
+
+    def _earlier(self, probe: Probed) -> LossRow:
+        """What the last row says where weights of an earlier step are kept, as the probe found them."""
+        return {KEPT: probe.strength, EARLIER: float(probe.step)}
+
     def after(self, history: list[LossRow]) -> None:
         """Add to the last row of the history, where it is time for that, what moved, and a probe."""
         step, now = len(history), self.decision(history)
-        due = self.redraws and step // self.every % PAIR == 0 and f"{MOVED}0" not in history[-1]
-        if due and step == _unchanged_until(now, self.every, step - 1):
+        if self._measures(history):
             history[-1] |= {f"{MOVED}{i}": each for i, each in enumerate(self.probe.moved(harmed=now.harmed))}
-        if step == now.start + now.length:
+        if self._probes(history):
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
             looks = [self.probe(step, thorough=settled, drift=settled or often, grown=now.grown)]
@@ -133,7 +162,7 @@ class Until:
             last = self._least_harmful(looks, decides)
             earlier = self._least_harmful(looks_of(ahead[best.step - 1]), best) if best is not None else None
             if phase is Phase.GIVE_UP and earlier is not None and self._better(earlier, last):
-                row |= {KEPT: earlier.strength, EARLIER: float(earlier.step)}
+                row |= self._earlier(earlier)
             elif phase in (Phase.REACHED, Phase.GIVE_UP):
                 row[KEPT], more = self._kept(last)
                 looks += more
@@ -261,7 +290,8 @@ class Until:
     def as_json(self, history: list[LossRow]) -> dict[str, Any]:
         """As in `run.json`."""
         probes = []
-        for row in history:
+        failures = [int(row["step"]) for row in history if (p := Probed.of_row(row)) is not None and p.failure]
+        for row in (row for row in history if row["step"] not in failures):
             decides = [look.as_json() | {"decides": True} for look in probes_of([row])]
             probes += decides + [look.as_json() | {"decides": False} for look in tried_of(row)]
         used = self.decision(history[: kept_step(history) - 1])  # by which the weights that are kept were trained
@@ -278,6 +308,7 @@ class Until:
             "target_guidance": used.guidance,
             "retain_factor": used.retain if "retain" in history[-1] else 1.0,
             "probes": probes,
+            "failed_steps": failures,
         }
 
 

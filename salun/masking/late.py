@@ -36,6 +36,10 @@ class LateValues(Generic[Key]):
         """Wait for all that are on their way."""
         return self._arrived(keep=0)
 
+    def drop(self) -> None:
+        """Forget all that are on their way."""
+        self._queue.clear()
+
     def _arrived(self, keep: int) -> list[tuple[Key, list[float]]]:
         arrived = []
         while len(self._queue) > keep:

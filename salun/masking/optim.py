@@ -145,7 +145,7 @@ class MaskedOptimizer:
         self._waiting = 0  # entries of these
         device = next(iter(self.packed.values())).master.device
         self._device = next(iter(self.packed.values())).parameter.device
-        self.loss_scale = torch.tensor(loss_scale, device=device)
+        self.loss_scale, self._largest_scale = torch.tensor(loss_scale, device=device), loss_scale
         self.found_inf = torch.zeros((), device=device)
         self.failed = torch.zeros((), device=device)
         self._begun = False  # whether a backward pass of the current step was taken
@@ -200,6 +200,13 @@ class MaskedOptimizer:
             packed.master.copy_(packed.gather(sources[name].to(packed.parameter.device), indices).float())
             self._optimizer.state.pop(packed.master, None)
             packed.scatter(indices)
+
+    def forgive(self) -> float:
+        """After a step that failed, which changed no weight: let the next ones do so; returns the loss scale."""
+        for flag in (self.found_inf, self.failed):
+            flag.zero_()
+        self.loss_scale.fill_(self._largest_scale)
+        return self._largest_scale
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the scaled loss. Mode "step" updates the weights here."""

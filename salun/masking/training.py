@@ -87,6 +87,15 @@ class Watch(Protocol):
     def after(self, history: list[LossRow]) -> None:
         """Called after each step; adds what the last row lacks, so that a call that was interrupted is repeated."""
 
+    def looks(self, history: list[LossRow]) -> bool:
+        """Whether `after` looks at the network now, for which all losses must be known."""
+
+    def failed(self, history: list[LossRow]) -> bool:
+        """Called when the last row's loss or gradient was not finite, which changed no weight.
+
+        Returns whether the training begins again, or ends with earlier weights; False is an error.
+        """
+
     def keep(self, history: list[LossRow], masters: Mapping[str, Tensor]) -> None:
         """Called after that: keeps a copy of the weights, float32 by name, if they may be taken at the end."""
 
@@ -156,7 +165,8 @@ def train(
             same weights; the first process saves.
 
     Raises:
-        TrainingError: A loss or gradient is not finite, or the saved state belongs to another run.
+        TrainingError: A loss or gradient is not finite, and no watch begins again; or the saved state belongs to
+            another run.
         MaskError: The mask does not fit the parameters.
         Cancelled: From `progress`; the state is saved before.
     """
@@ -164,25 +174,24 @@ def train(
     mode, scale = _mode(settings, half, processes), LARGEST_SCALE if half else 1.0
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
-        history = _History(_resumed(state, optimizer, settings.steps, processes), optimizer, processes)
+        history = _History(_resumed(state, optimizer, settings.steps, processes), optimizer, processes, watch)
         rows, resumed = history.rows, len(history.rows)
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             if watch is not None and rows:
-                _measured(watch, rows, optimizer, processes)  # what a cancel interrupted
-            for step in range(len(rows), settings.steps):
-                if watch is not None and watch.stops(rows):
-                    break
-                optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
+                _measured(watch, history, optimizer)  # what a cancel interrupted
+            while (step := len(rows)) < settings.steps and not (watch is not None and watch.stops(rows)):
+                anew = not step or _begins_again(watch, rows, optimizer, sources)
+                optimizer.set_lr(settings.lr(step) if watch is None else watch.before(rows))
                 weights = settings.weights if watch is None else watch.weights(settings.weights)
                 how = processes, settings.protected, settings.max_norm
                 take = partial(take_step, optimizer, losses, step, weights, *how)
-                history.add(step, *(_first(take, optimizer) if half and not step else take()))
+                history.add(step, *(_first(take, optimizer) if half and anew else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)
-                total = settings.steps if watch is None else _measured(watch, rows, optimizer, processes)
-                failure = _saved(checkpointer, history, step + 1 == total)
-                progress(Event(settings.stage, step + 1, total, history.latest(), None, failure, resumed))
+                total = settings.steps if watch is None else _measured(watch, history, optimizer)
+                note = history.reported(_saved(checkpointer, history, len(rows) == total))
+                progress(Event(settings.stage, len(rows), total, history.latest(), None, note, resumed))
                 if stop is not None and stop(step + 1):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together
@@ -229,13 +238,16 @@ def _saved(checkpointer: Checkpointer | None, history: _History, last: bool) -> 
 class _History:
     """The losses of all steps, and the loss scale, as far as the device has computed them.
 
-    Those of a step that is not read yet are NaN in its row. Reading them raises TrainingError if the step's loss or
-    gradient was not finite; the steps since then changed no weight. Several processes read them at once, so that all
-    raise it at the same step.
+    Those of a step that is not read yet are NaN in its row. If a step's loss or gradient was not finite, reading them
+    raises TrainingError, or, where a watch continues, ends the history with that step; the steps since then changed no
+    weight. Several processes read them at once, so that all see it at the same step.
     """
 
-    def __init__(self, rows: list[LossRow], optimizer: MaskedOptimizer, processes: Processes) -> None:
-        self.rows, self.scale, self._processes = rows, float(optimizer.loss_scale), processes
+    def __init__(
+        self, rows: list[LossRow], optimizer: MaskedOptimizer, processes: Processes, watch: Watch | None
+    ) -> None:
+        self.rows, self.scale, self.processes = rows, float(optimizer.loss_scale), processes
+        self._optimizer, self._watch, self._notes = optimizer, watch, list[str]()
         self._names: tuple[str, ...] = ()
         self._late = LateValues[tuple[int, tuple[str, ...]]](at_once=processes.count > 1)
 
@@ -243,7 +255,7 @@ class _History:
         """Note a step (0-based) whose losses of these names are on their way; see `take_step`."""
         self._names = names
         self.rows.append({"step": step + 1, **dict.fromkeys(names, nan)})
-        self._processes.average([values])
+        self.processes.average([values])
         self._fill(self._late.add((step, names), values))
 
     def settled(self) -> list[LossRow]:
@@ -257,41 +269,59 @@ class _History:
         row = next(read, dict.fromkeys(self._names, nan))
         return {name: row[name] for name in self._names if not isnan(row[name])}
 
+    def reported(self, note: str) -> str:
+        """A note after those of steps that failed, which are reported once."""
+        notes, self._notes = [*self._notes, *filter(None, [note])], []
+        return "; ".join(notes)
+
     def _fill(self, arrived: list[tuple[tuple[int, tuple[str, ...]], list[float]]]) -> None:
         for (step, names), (*losses, total, failed, self.scale) in arrived:
-            if not isfinite(total):
-                raise TrainingError(
-                    f"the loss is {total} at step {step + 1}", advice="Use a smaller {lr}, or a wider {dtype}"
-                )
-            if failed:
-                what = f"a gradient is not finite at step {step + 1}"
-                raise TrainingError(what, advice="Lower the learning rate ({lr})")
-            self.rows[step].update(zip(names, losses, strict=True))
+            known = dict(zip(names, losses, strict=True))
+            if not isfinite(total) or failed:
+                self._failed(step, known, total)
+                return  # what was computed after it does not count
+            self.rows[step].update(known)
+
+    def _failed(self, step: int, losses: Mapping[str, float], total: float) -> None:
+        """End the history with a step that failed, with those of its losses that are finite."""
+        problem = f"a gradient is not finite at step {step + 1}"
+        error = TrainingError(problem, advice="Lower the learning rate ({lr})")
+        if not isfinite(total):
+            problem = f"the loss is {total} at step {step + 1}"
+            error = TrainingError(problem, advice="Use a smaller {lr}, or a wider {dtype}")
+        ended = [*self.rows[:step], {"step": step + 1, **{n: each for n, each in losses.items() if isfinite(each)}}]
+        if self._watch is None or not self._watch.failed(ended):
+            raise error
+        self._late.drop()
+        self.rows[:] = ended
+        self.scale = self._optimizer.forgive()
+        again = self._watch.restarts(self.rows)
+        self._notes.append(f"{problem}: " + ("training begins again" if again else "earlier weights are taken"))
 
 
-def _rate(
-    step: int,
-    settings: TrainingSettings,
+def _begins_again(
     watch: Watch | None,
     history: list[LossRow],
     optimizer: MaskedOptimizer,
     sources: Mapping[str, Tensor] | None,
-) -> float:
-    """The learning rate of a step, which a watch may let begin from the original weights."""
-    if watch is None:
-        return settings.lr(step)
-    if watch.restarts(history):
-        assert sources is not None
-        optimizer.reset(sources)
-    return watch.before(history)
+) -> bool:
+    """Whether a watch lets the next step begin from the original weights, which are there then."""
+    if watch is None or not watch.restarts(history):
+        return False
+    assert sources is not None
+    optimizer.reset(sources)
+    return True
 
 
-def _measured(watch: Watch, history: list[LossRow], optimizer: MaskedOptimizer, processes: Processes) -> int:
+def _measured(watch: Watch, history: _History, optimizer: MaskedOptimizer) -> int:
     """Let it add its measurements, the first process's for all; returns the step at which the training may end."""
-    watch.after(history)
-    history[-1] = processes.broadcast(history[-1])
-    watch.keep(history, optimizer.masters)
-    return len(history) if watch.stops(history) else watch.expected(history)
+    if watch.looks(history.rows):
+        history.settled()
+    rows = history.rows
+    watch.after(rows)
+    rows[-1] = history.processes.broadcast(rows[-1])
+    watch.keep(rows, optimizer.masters)
+    return len(rows) if watch.stops(rows) else watch.expected(rows)
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -42,6 +42,7 @@ class _Losses:
 
     def __init__(self, task: ErasureTask) -> None:
         self._task, self._targets = task, dict[int, Tensor]()
+        self._ahead_of = -1  # the step of the decision that the targets follow from
         self.pool = task.pool = Pool(task, task.plan.options.harden) if task.plan.options.harden else None
         if task.until is None:
             self._look_ahead(task.steps_done, task.plan.budget)
@@ -50,7 +51,10 @@ class _Losses:
         """Compute the frozen targets of these steps; the live network must hold the original weights."""
         task = self._task
         self._targets.clear()
-        guidance = task.plan.options.target_guidance + (task.until.now.guidance if task.until is not None else 0.0)
+        guidance = task.plan.options.target_guidance
+        if task.until is not None:
+            self._ahead_of = task.until.now.start
+            guidance += task.until.now.guidance
         for step in range(start, end if task.plan.needs_frozen else start):
             self._targets[step] = frozen_predictions(task.model, self._batch(step), guidance).cpu()
             if task.until is None:
@@ -62,7 +66,8 @@ class _Losses:
             task.grow()
         if task.until is not None and task.until.now.harmed:
             task.grow_retain()
-        if task.until is not None and task.plan.needs_frozen and step not in self._targets:
+        known = step in self._targets and (task.until is None or task.until.now.start == self._ahead_of)
+        if task.until is not None and task.plan.needs_frozen and not known:
             with task.original_weights():
                 self._look_ahead(step, max(step + 1, task.until.unchanged_until(step)))
         targets = to_device(self._targets[step], task.model.device) if self._targets else None
