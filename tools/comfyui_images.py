@@ -52,7 +52,7 @@ OPTIONS = {
     "sampling_steps": "8",
     "sampling_guidance": "3",
     "forget_latents": "32",
-    "retain_latents": "32",
+    "retain_latents": "96",
     "guidance": "3",
 }
 CHANGES: dict[str, dict[str, Any]] = {  # class → inputs
@@ -61,7 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # class → inputs
     "SalUnLoadDelta": {"file": DELTA},
     "SalUnConcept": {"preset": "custom", "text": "circle", "anchor": "square", "retain_prompts": "\n".join(RETAINED)},
     "SalUnOptions": OPTIONS,
-    "SalUnErase": {"steps": "60", "lr": "5e-5", "batch_size": "8", "retain_weight": "2"},
+    "SalUnErase": {"steps": "60", "lr": "4e-5", "batch_size": "8", "retain_weight": "3"},
     "SalUnSaliencyMask": {"batch_size": "8"},
     "SalUnEvaluate": {"n": 8},
     "SalUnAttack": {"n": 4, "images": 4},
@@ -239,6 +239,7 @@ def main() -> None:
     host.get_output_directory = host.get_input_directory = lambda: str(BUILD / "empty")
     sys.modules["folder_paths"] = host
     (BUILD / "empty").mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # with the server
     take(arguments.comfyui, arguments.python, [arguments.only] if arguments.only else list(WORKFLOWS))
 
 
