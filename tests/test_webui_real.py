@@ -721,7 +721,7 @@ def test_the_accordion_gives_the_erased_checkpoints_image_and_off_the_bases(
         accordion.locator("#salun_txt2img_delta_1 input").first.click()
         option(page, run).click()
         page.locator("#txt2img_generate").click()
-        page.locator("#html_info_txt2img").get_by_text(f"Erased delta: {run} 1").wait_for()
+        page.locator("#html_info_txt2img").get_by_text(f"Erased delta: {run} 1").wait_for(timeout=600_000)  # on a CPU
         accordion.scroll_into_view_if_needed()
         shoot(page, "accordion")
 
