@@ -374,10 +374,10 @@ def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(
 @pytest.mark.parametrize("stop", [EVERY, 4], ids=["a probe", "a loss that is not finite"])
 def test_a_wrecked_model_begins_again_from_the_original_weights_resumed_or_not(tmp_path: Path, stop: int) -> None:
     """As a probe finds it, or a step whose loss is not finite."""
-    told: list[str] = []
+    messages: list[str] = []
 
     def stops_when_wrecked(event: Event) -> None:
-        told.append(event.message)
+        messages.append(event.message)
         if event.step == stop:
             raise Cancelled("stopped")
 
@@ -410,7 +410,7 @@ def test_a_wrecked_model_begins_again_from_the_original_weights_resumed_or_not(t
     assert all(torch.equal(resumed.masters[name], master) for name, master in whole.masters.items())
     if stop < EVERY:
         assert losses_of(whole.history)[stop - 1].keys() == {"step", "retain"}, "what is known of it"
-        assert told[-1] == "the loss is inf at step 4: training begins again"
+        assert messages[-1] == "the loss is inf at step 4: training begins again"
         assert until.as_json(whole.history)["failed_steps"] == [stop]
 
 
@@ -496,7 +496,7 @@ def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(
     assert until["failed_steps"] == [failing] and run.history[failing - 1] == {"step": failing}
     assert f"the loss is nan at step {failing}: training begins again" in [event.message for event in events]
     page = (tmp_path / "strict" / "report.html").read_text(encoding="utf-8")
-    assert f"After step {failing} a loss or gradient was not finite, and training began again." in page
+    assert f"was not finite at step {failing}: training began again from the original weights." in page
     assert not until["reached"] and until["lr_factor"] < BACK
     assert any(look["ra_drop"] is not None for look in until["probes"])
     assert all(look["anchor"] is None for look in until["probes"])

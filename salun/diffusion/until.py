@@ -117,15 +117,15 @@ class Until:
 
     def looks(self, history: list[LossRow]) -> bool:
         """Whether it is time to measure what moved, or for a probe."""
-        return self._measures(history) or self._probes(history)
+        now = self.decision(history)
+        return self._measures(history, now) or self._probes(history, now)
 
-    def _measures(self, history: list[LossRow]) -> bool:
-        step, now = len(history), self.decision(history)
+    def _measures(self, history: list[LossRow], now: Decision) -> bool:
+        step = len(history)
         due = self.redraws and step // self.every % PAIR == 0 and not {f"{MOVED}0", STRENGTH} & history[-1].keys()
         return due and step == _unchanged_until(now, self.every, step - 1)
 
-    def _probes(self, history: list[LossRow]) -> bool:
-        now = self.decision(history)
+    def _probes(self, history: list[LossRow], now: Decision) -> bool:
         return len(history) == now.start + now.length and STRENGTH not in history[-1]
 
     def failed(self, history: list[LossRow]) -> bool:
@@ -147,9 +147,9 @@ class Until:
     def after(self, history: list[LossRow]) -> None:
         """Add to the last row of the history, where it is time for that, what moved, and a probe."""
         step, now = len(history), self.decision(history)
-        if self._measures(history):
+        if self._measures(history, now):
             history[-1] |= {f"{MOVED}{i}": each for i, each in enumerate(self.probe.moved(harmed=now.harmed))}
-        if self._probes(history):
+        if self._probes(history, now):
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
             looks = [self.probe(step, thorough=settled, drift=settled or often, grown=now.grown)]

@@ -137,7 +137,7 @@ class MaskedOptimizer:
             packed.scatter(indices)
 
     def forgive(self) -> float:
-        """After a step that failed, which changed no weight: let the next ones do so; returns the loss scale."""
+        """After a step that failed: let the next ones change weights again; returns the loss scale."""
         for flag in (self.found_inf, self.failed):
             flag.zero_()
         self.loss_scale.fill_(self._largest_scale)

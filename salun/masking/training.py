@@ -91,7 +91,7 @@ class Watch(Protocol):
         """Whether `after` looks at the network now, for which all losses must be known."""
 
     def failed(self, history: list[LossRow]) -> bool:
-        """Called when the last row's loss or gradient was not finite, which changed no weight.
+        """Called when the last row's loss or gradient was not finite.
 
         Returns whether the training begins again, or ends with earlier weights; False is an error.
         """
@@ -284,14 +284,12 @@ class _History:
 
     def _failed(self, step: int, losses: Mapping[str, float], total: float) -> None:
         """End the history with a step that failed, with those of its losses that are finite."""
-        problem = f"a gradient is not finite at step {step + 1}"
-        error = TrainingError(problem, advice="Lower the learning rate ({lr})")
+        problem, advice = f"a gradient is not finite at step {step + 1}", "Lower the learning rate ({lr})"
         if not isfinite(total):
-            problem = f"the loss is {total} at step {step + 1}"
-            error = TrainingError(problem, advice="Use a smaller {lr}, or a wider {dtype}")
+            problem, advice = f"the loss is {total} at step {step + 1}", "Use a smaller {lr}, or a wider {dtype}"
         ended = [*self.rows[:step], {"step": step + 1, **{n: each for n, each in losses.items() if isfinite(each)}}]
         if self._watch is None or not self._watch.failed(ended):
-            raise error
+            raise TrainingError(problem, advice=advice)
         self._late.drop()
         self.rows[:] = ended
         self.scale = self._optimizer.forgive()

@@ -154,7 +154,7 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     text = (
         f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps{earlier}, at a "
         f"learning rate of {until['lr'] * until['lr_factor']:.2g}{''.join(f', {each}' for each in rose)}. "
-        f"{100 * until['strength']:.0f} % of the change are kept. {_failures(until.get('failed_steps', []))}"
+        f"{100 * until['strength']:.0f} % of the change are kept. {_failures(until)}"
         "Probes are of held-out prompts. UA: images without the concept. Anchor: images that show it in its place. "
         "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "
         "at equal seeds; 1 is as far as unrelated images. RA drop: how many fewer of them are as prompted."
@@ -165,11 +165,16 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     return [Section("On the way to the goal", text, rows, shown)]
 
 
-def _failures(steps: Sequence[int]) -> str:
+def _failures(until: Mapping[str, Any]) -> str:
     """What is to be said of steps whose loss or gradient was not finite."""
+    steps = until.get("failed_steps", [])
     if not steps:
         return ""
-    return f"After step {', '.join(map(str, steps))} a loss or gradient was not finite, and training began again. "
+    ended = f", until step {steps[-1]} ended it" if steps[-1] == until["steps"] else ""
+    return (
+        f"A loss or gradient was not finite at step {', '.join(map(str, steps))}: training began again from the "
+        f"original weights{ended}. "
+    )
 
 
 def _several(until: Mapping[str, Any]) -> bool:
