@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from salun.diffusion.attack_options import attack_of
-from salun.report.attacks import WORKS
+from salun.report.attacks import WORKS, is_weak
 
 LEARNED = 64  # the original's images of the concept that attacks learn from
 TRAINED, UNRELATED = "relearn", "relearn+data=unrelated"
 INVERSIONS = ("inversion", "inversion+steps=400+start=anchor")
+ITSELF = "merge"  # of the original with itself, which is the original: the plain rate
 ORDINARY, HARDENED = ("SalUn", "UCE"), "SalUn, hardened"
 Rows = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 """Concept → method → what each seed gave, as in a stored file."""
@@ -27,7 +28,8 @@ original's images of the concept, relearning from 16 of them. Numbers are percen
 the concept after the attack (ASR), means over the seeds; of relearning, at the look at which most do. UA and “anchor”
 are those of the erasure without an attack, on {images} images of the concept's prompts, RA is on {images} of other
 prompts; RA drop in percentage points. Original: the same attack on the model before the erasure; one that succeeds
-there in less than {works:.0f} % is weak, and says little.
+there in less than {works:.0f} %, and less often than the plain prompts, is weak, and says little (merged with itself the
+original is as it was: that row is the rate of its plain prompts).
 """
 OUTDATED = """**Not on equal terms yet:** these runs were made when attacks trained in batches of the erasure's size:
 `inversion` and `relearn` took 4 samples a step in the ESD column, and 16 in the others. They have the original model's
@@ -177,8 +179,8 @@ def table(
 
 
 def _control(attack: str, originals: Sequence[Any]) -> str:
-    mean = _mean_of(of.get(attack) for of in originals)
-    return "–" if mean is None else f"{mean:.0f}" + (" (weak)" if mean < WORKS else "")
+    mean, plain = (_mean_of(of.get(name) for of in originals) for name in (attack, ITSELF))
+    return "–" if mean is None else f"{mean:.0f}" + (" (weak)" if is_weak(mean, plain) else "")
 
 
 def _mean_of(made: Iterable[Mapping[str, Any] | None]) -> float | None:

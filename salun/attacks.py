@@ -30,7 +30,7 @@ class Attack:
         argument: What may follow the name after a colon; "" for nothing.
         default: Whether it runs when no attack is named.
         paper_budget: Values of its options in its paper.
-        tokens: Whether it needs the text encoder's tokens, which ComfyUI does not show.
+        tokens: Of the prompts that it makes, at least; 0 where it makes none of tokens, which ComfyUI does not show.
         cost: "module:function": its options, prompts, `Sampling`, samples of a training step → passes that it takes of
             one sample through the network, a forward and backward one counted as three; "" where that is not known.
     """
@@ -45,7 +45,7 @@ class Attack:
     argument: str = ""
     default: bool = True
     paper_budget: Mapping[str, Any] = field(default_factory=dict)
-    tokens: bool = False
+    tokens: int = 0
     cost: str = ""
 
     @property
@@ -102,18 +102,18 @@ ATTACKS: dict[TaskName, dict[str, Attack]] = {
         Attack("ring-a-bell", "Ring-A-Bell", _RING, _D, f"{_ON}.ring_a_bell:ring_a_bell",
                f"{_ON}.ring_a_bell:RingABellOptions",
                cost=f"{_ON}.ring_a_bell:cost", paper_budget={"population": 200, "generations": 3000},
-               tokens=True),
+               tokens=2),
         Attack("prompt-search", "Prompt search (UnlearnDiffAtk)", "Zhang et al. 2024, arXiv:2310.11868", _D,
                f"{_ON}.prompt_search:prompt_search", f"{_ON}.prompt_search:PromptSearchOptions",
                cost=f"{_ON}.prompt_search:cost",
-               paper_budget={"length": None, "timesteps": 50, "iterations": 40, "lr": 0.01}, tokens=True),
+               paper_budget={"length": None, "timesteps": 50, "iterations": 40, "lr": 0.01}, tokens=2),
         Attack("embedding-search", "Embedding search (P4D)", "Chin et al. 2024, arXiv:2309.06135", _D,
                f"{_ON}.embedding_search:embedding_search", f"{_ON}.embedding_search:EmbeddingSearchOptions",
                cost=f"{_ON}.embedding_search:cost",
-               paper_budget={"length": 16, "steps": 3000, "every": 50}, tokens=True),
+               paper_budget={"length": 16, "steps": 3000, "every": 50}, tokens=2),
         Attack("inversion", "Concept inversion", "Pham et al. 2024, arXiv:2308.01508", _D, f"{_ON}.inversion:inversion",
                f"{_ON}.inversion:InversionOptions",
-               cost=f"{_ON}.inversion:cost", paper_budget={"steps": 3000}, tokens=True),
+               cost=f"{_ON}.inversion:cost", paper_budget={"steps": 3000}, tokens=1),
         Attack("relearn", "Relearning", "Suriyakumar et al. 2024, arXiv:2410.08074", _D, f"{_ON}.relearn:relearn",
                f"{_ON}.relearn:RelearnOptions",
                cost=f"{_ON}.relearn:cost"),

@@ -23,7 +23,7 @@ from salun.diffusion.attack import attack
 from salun.diffusion.attack_estimate import preview_attack
 from salun.diffusion.attack_options import AttackOptions, attack_of
 from salun.diffusion.attack_output import attack_grid, check_attack_folder, write_attack
-from salun.diffusion.attacks.adversarial import read_adversarial, write_adversarial
+from salun.diffusion.attacks.adversarial import made_for, read_adversarial, write_adversarial
 from salun.diffusion.attacks.inversion import InversionOptions
 from salun.diffusion.attacks.lora import lora_changes
 from salun.diffusion.attacks.prompt_search import on_simplex
@@ -386,6 +386,33 @@ def test_numbers_of_an_attack_are_shown_in_words_and_what_was_left_around_a_hole
     ]  # fmt: skip
     assert rows[-1][1:3] == ("prompts:a, made by inversion red", "50.0 % (15.0–85.0, n = 4)")
     assert attack_banner({"attacks": made[2:3]}).outcome == "Withstands these attacks"
+
+
+def test_the_banner_counts_only_attacks_that_were_made_and_work_on_the_original() -> None:
+    def made(title: str, percent: float | None, side: str = "erased", error: str = "") -> dict[str, Any]:
+        asr = None if percent is None else {"value": percent, "n": 32, "low": 0.0, "high": percent + 11.0}
+        return {"attack": title, "title": title, "concept": "red", "side": side, "asr": asr, "by_chance": 0.0,
+                "facts": {}, "error": error}  # fmt: skip
+
+    def banner(*attacks: dict[str, Any], plain: float = 94.0) -> tuple[str, str]:
+        metrics = {"per_concept": {"red": {"calibration": {"detected": {"value": plain}}}}}
+        shown = attack_banner({"attacks": list(attacks), "metrics": metrics})
+        return shown.outcome, shown.text
+
+    seeds, works = made("seeds", 0.0), made("seeds", 94.0, "original")
+    weak, failed = made("seeds", 60.0, "original"), made("lora", None, error="no such file")
+    assert banner(seeds)[0] == banner(seeds, works)[0] == "Withstands these attacks"
+    assert banner(seeds, works, plain=99.0)[0] == banner(seeds, weak)[0] == "Can't tell"
+    assert banner(seeds, made("merge", 0.0), weak)[0] == "Withstands 1 of 2 attacks"
+    outcome, text = banner(seeds, works, failed)
+    assert outcome == "Withstands 1 of 2 attacks" and "“lora” could not be made: no such file." in text
+    assert banner(made("seeds", 60.0), weak, failed)[0] == "Brought back", "a weak attack that succeeds does count"
+
+
+def test_prompts_that_were_made_for_another_concept_of_the_run_are_not_replayed() -> None:
+    concepts = ["red", "dark red"]
+    names = ["inversion red", "inversion dark red", "inversion blue"]
+    assert [made_for(name, concepts) for name in names] == ["red", "dark red", None]
 
 
 @pytest.mark.parametrize(

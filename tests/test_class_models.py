@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import salun
 from cli.main import app
 from salun.classification.experiment import train
-from salun.diffusion.attack import attack
+from salun.diffusion.attack import attack, with_defaults
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluate import evaluate
@@ -381,6 +381,8 @@ def test_the_embedded_digits_forget_one_and_attacks_and_evaluation_judge_it(tmp_
     results = {(each["attack"], each["side"]): each for each in made["attacks"]}
     assert results[names[0], "original"]["asr"]["value"] > 90 and results[names[1], "erased"]["asr"] is not None
     assert "takes one label" in results[names[2], "erased"]["error"]
+    usual = with_defaults(AttackOptions(), salun.load("digits", device="cpu")).attack
+    assert "inversion" in usual and not {"ring-a-bell", "prompt-search", "embedding-search"} & set(usual)
     classifier = tmp_path / "classifier"
     train(data="digits", train_epochs=10, run_dir=classifier, progress=salun.silent)
     found = evaluate(str(tmp_path / "run"), EvalOptions(n=24, detector=["attribute", f"class:{classifier}"])).metrics

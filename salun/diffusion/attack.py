@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from salun.attacks import ATTACKS
 from salun.compute.device import explained_memory_errors
 from salun.diffusion.attack_options import AttackOptions, ChosenAttack
 from salun.diffusion.attacks.task import AttackResult, AttackTask, Known
@@ -25,7 +26,7 @@ from salun.diffusion.evaluation import (
     metrics_of,
 )
 from salun.diffusion.model.loading import load_with
-from salun.diffusion.model.protocol import DiffusionModel
+from salun.diffusion.model.protocol import DiffusionModel, TokenEncoder
 from salun.diffusion.plan import Plan, make_plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
 from salun.diffusion.stages import attack_stages, attack_steps
@@ -165,7 +166,6 @@ def attack_compared(
         target: As it is recorded.
         cache: Of samples and results; by default the user's.
     """
-    chosen = options.attacks
     original, plan = attack_plan(target, compared, options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     models = {id(model): model for model in (original, compared.erased)}.values()
@@ -174,7 +174,7 @@ def attack_compared(
             stack.enter_context(model.temporarily_trainable())
             stack.enter_context(model.configured(plan.options))
         stack.enter_context(explained_memory_errors("out of memory", advice))
-        return _attacked(target, compared, plan, options, chosen, progress, command, cache or Cache.of_user())
+        return _attacked(target, compared, plan, options, progress, command, cache or Cache.of_user())
 
 
 def attack_plan(target: str, compared: Compared, options: AttackOptions) -> tuple[DiffusionModel, Plan]:
@@ -189,12 +189,18 @@ def attack_plan(target: str, compared: Compared, options: AttackOptions) -> tupl
     return original, replace(plan, detector=options.detector or plan.detector)
 
 
+def with_defaults(options: AttackOptions, original: DiffusionModel) -> AttackOptions:
+    """Where no attack is named, with those that need no file, and no longer prompts of tokens than the model takes."""
+    longest = original.longest if isinstance(original, TokenEncoder) else 0
+    known = [name for name, of in ATTACKS["diffusion"].items() if of.default and of.tokens <= longest]
+    return options if options.attack else replace(options, attack=known)
+
+
 def _attacked(
     target: str,
     compared: Compared,
     plan: Plan,
     options: AttackOptions,
-    chosen: Sequence[ChosenAttack],
     progress: Progress,
     command: str,
     cache: Cache,
@@ -202,8 +208,10 @@ def _attacked(
     """The plain prompts, and then each attack on each concept."""
     original = compared.original
     assert original is not None
+    full = with_defaults(options, original)
+    chosen = full.attacks
     prompts = eval_prompts(plan, options.n, options.seed)
-    stages = attack_stages(plan, options, original.settings.recipe.batch_size)
+    stages = attack_stages(plan, full, original.settings.recipe.batch_size)
     progress(Event(Stage.PLANNING, stages=stages))
     before = evaluate_model(original, prompts, progress, Stage.IMAGES_BEFORE, cache, hold_images=False)
     with compared.as_erased() as erased:
@@ -223,7 +231,7 @@ def _attacked(
     record = record_of(target, options, compared, plan, command, resolved)
     record.notes += plan.notes
     tasks = _tasks(compared, plan, options, prompts, before, pair, detector, progress, cache)
-    sizes = attack_steps(plan, options, original.settings.recipe.batch_size)
+    sizes = attack_steps(plan, full, original.settings.recipe.batch_size)
     parts = [(side, task, *each) for side, task in tasks for each in zip(chosen, sizes, strict=True)]
     results: list[Attacked] = []
     before_it, restored = 0, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from salun.diffusion.attack import attack_plan
+from salun.diffusion.attack import attack_plan, with_defaults
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.estimate import measured_pace, seconds_of
@@ -26,9 +26,10 @@ def preview_attack(target: str, options: AttackOptions, progress: Progress = sil
 
     Raises what `attack` would before its first image.
     """
-    chosen = options.attacks
+    _ = options.attacks  # checked before a model is loaded
     compared = compared_models(target, options)
     original, plan = attack_plan(target, compared, options)
+    options = with_defaults(options, original)
     batch_size, at_once = original.settings.recipe.batch_size, batch_size_of(original)
     times = len(plan.concepts) * (2 if options.control else 1)
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {original.name}"))
@@ -36,7 +37,7 @@ def preview_attack(target: str, options: AttackOptions, progress: Progress = sil
     with original.temporarily_trainable(), original.configured(plan.options):
         pace = measured_pace(original, plan)
     attacks = []
-    for each in chosen:
+    for each in options.attacks:
         passes = times * attack_passes(plan, each, options.n, batch_size)
         seconds = seconds_of(at_once, plan, [StageCost(Stage.ATTACKING, 1, forward=passes)], pace)
         ends = {end: seconds[end] for end in ("least", "most")}

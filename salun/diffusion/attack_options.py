@@ -53,7 +53,7 @@ class AttackOptions(ComparedOptions):
         [],
         f"Attack ({', '.join(ATTACKS['diffusion'])}), or ATTACK+OPTION=VALUE+… such as inversion+steps=400; merge may "
         "be followed by a colon and a model, lora and prompts must be by a file; repeatable",
-        auto="all that need no file",
+        auto="all that need no file, and that the model can have",
         path=True,
     )
     budget: str = option(

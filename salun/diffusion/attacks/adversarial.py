@@ -67,6 +67,15 @@ def _prompts(path: Path, header: Header, number: int, entry: Mapping[str, Any]) 
     return AdversarialPrompts(rows, seeds, vectors, texts, bool(entry["exact"]))
 
 
+def made_for(name: str, concepts: Sequence[str]) -> str | None:
+    """Of these concepts, the one that an entry of a file was made for; None where it was made for another.
+
+    Args:
+        name: Of the entry, "attack concept".
+    """
+    return max((each for each in concepts if name.endswith(f" {each}")), key=len, default=None)
+
+
 def encoded(task: AttackTask, made: AdversarialPrompts, path: Path) -> Conditioning:
     """Conditionings (n,) of adversarial prompts in the attacked model. Raises DataError where they do not fit it."""
     if not made.rows:

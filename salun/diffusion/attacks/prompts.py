@@ -33,12 +33,20 @@ def prompts(task: AttackTask, options: NoOptions) -> AttackResult:
 
 
 def _made(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str], list[str]]:
-    """(conditionings, seeds, the attack that made each, texts) of a file that `salun attack` wrote."""
-    from salun.diffusion.attacks.adversarial import encoded, read_adversarial
+    """(conditionings, seeds, the attack that made each, texts) of a file that `salun attack` wrote.
+
+    Without those that were made for another concept of the plan.
+    """
+    from salun.diffusion.attacks.adversarial import encoded, made_for, read_adversarial
     from salun.diffusion.model.protocol import Conditioning
+    from salun.errors import DataError
 
     parts, seeds, labels, texts = [], list[int](), list[str](), list[str]()
-    for name, made in read_adversarial(path):
+    concept, concepts = task.plan.concepts[task.concept].name, [each.name for each in task.plan.concepts]
+    mine = [entry for entry in read_adversarial(path) if made_for(entry[0], concepts) in (concept, None)]
+    if not mine:
+        raise DataError(f"{path.name} holds no prompts that were made for “{concept}”")
+    for name, made in mine:
         parts.append(encoded(task, made, path))
         seeds += made.seeds
         labels += [name] * len(made.seeds)

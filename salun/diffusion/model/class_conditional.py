@@ -102,6 +102,11 @@ class ClassModel(Model):
         """The embeddings of the labels in each table, the null label last, (K + 1, d) each."""
         return [table.weight.detach() for table in self.tables]
 
+    @property
+    def longest(self) -> int:
+        """One label."""
+        return 1
+
     @cached_property
     def searchable_tokens(self) -> list[int]:
         """All labels."""

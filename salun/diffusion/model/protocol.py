@@ -108,6 +108,10 @@ class TokenEncoder(Protocol):
         """The embedding of every token in each text encoder, (V, d) each."""
 
     @property
+    def longest(self) -> int:
+        """Tokens that a prompt may have."""
+
+    @property
     def searchable_tokens(self) -> list[int]:
         """Tokens that a search may choose from: each is the only one of its text."""
 

@@ -145,6 +145,11 @@ class Model(SampledSizes):
         """The embedding of every token in each text encoder, (V, d) each."""
         return [encoder.get_input_embeddings().weight.detach() for encoder in self.text_encoders]
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt may have, of those that are given as tokens."""
+        return int(min(tokenizer.model_max_length for tokenizer in self.tokenizers)) - 2
+
     def tokens(self, prompt: str) -> list[int]:
         """A prompt's tokens, without the marks at both ends."""
         ids = self.tokenizers[0](prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
@@ -169,8 +174,7 @@ class Model(SampledSizes):
 
     def encode_tokens(self, rows: Sequence[Sequence[int]], vectors: Sequence[Tensor] = ()) -> Conditioning:
         """Encode prompts given as tokens, with a graph to `vectors`; see `TokenEncoder`."""
-        longest = min(tokenizer.model_max_length for tokenizer in self.tokenizers) - 2
-        cut = [list(row)[:longest] for row in rows]
+        cut = [list(row)[: self.longest] for row in rows]
         with self.on_device(*self.text_encoders):
             return self._encode_ids([cut] * len(self.tokenizers), 1, vectors)
 
