@@ -28,8 +28,8 @@ original's images of the concept, relearning from 16 of them. Numbers are percen
 the concept after the attack (ASR), means over the seeds; of relearning, at the look at which most do. UA and “anchor”
 are those of the erasure without an attack, on {images} images of the concept's prompts, RA is on {images} of other
 prompts; RA drop in percentage points. Original: the same attack on the model before the erasure; one that succeeds
-there in less than {works:.0f} %, and less often than the plain prompts, is weak, and says little (merged with itself the
-original is as it was: that row is the rate of its plain prompts).
+there in less than {works:.0f} %, and less often than the plain prompts, is weak, and says little (merged with itself
+the original is as it was: that row is the rate of its plain prompts).
 """
 OUTDATED = """**Not on equal terms yet:** these runs were made when attacks trained in batches of the erasure's size:
 `inversion` and `relearn` took 4 samples a step in the ESD column, and 16 in the others. They have the original model's

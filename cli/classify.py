@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,8 @@ from .app import app
 from .options import with_options
 from .output import Json, duration, flag, print_result, sentences, unquoted_path
 from .progress import terminal_progress
-from .resuming import note_new_run, recorded, resumable, unfinished
+from .resuming import Config, note_new_run, resumable, with_config
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        callback=unquoted_path, help="Read options from YAML or a run.json; the command line takes precedence"
-    ),
-]
 RunDir = Annotated[Path | None, typer.Option(callback=unquoted_path, help="Run folder (default: runs/<time>-<name>)")]
 Resume = Annotated[
     bool,
@@ -70,7 +63,7 @@ def _add_command(
     ) -> None:
         from salun.runs.folder import check_folder, new_run_folder
 
-        options = _with_config(options, given, config, resume, run_dir, as_json)
+        options = with_config(options, given, config, resume, run_dir, as_json)
         path = run_dir or new_run_folder(folder(options))
         note_new_run(path, resume, as_json)
         if dry_run:
@@ -144,22 +137,6 @@ def classify_eval(
     with terminal_progress(as_json) as progress:
         metrics = evaluate(run, data=data, device=device, progress=progress)
     print_result(metrics, as_json, table_lines(metrics) if "UA" in metrics else _accuracy_lines(metrics))
-
-
-def _with_config(
-    options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None, as_json: bool
-) -> Any:
-    """The options with a config file's values, or those of the run to resume, where the command line gives none."""
-    read: dict[str, Any] = {}
-    if config is not None:
-        from salun.config import read_config
-
-        read = read_config(config, type(options))
-    wanted = {**read, **{name: getattr(options, name) for name in given}}
-    record = unfinished(run_dir, resume, type(options), wanted, as_json)
-    if config is None and record is not None and run_dir is not None:
-        read = recorded(record, run_dir, type(options), given)
-    return dataclasses.replace(options, **{name: value for name, value in read.items() if name not in given})
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

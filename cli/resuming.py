@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from salun.display import printable
 from salun.errors import Cancelled, ConfigError, literal
 
 from . import interrupt
-from .output import print_result
+from .output import print_result, unquoted_path
 
 DELTA = ".salun.safetensors"
 DEFAULT_OUTPUTS = ("model/", "model.safetensors", "delta.salun.safetensors")  # in the folder of a run without `output`
@@ -30,6 +30,13 @@ COMMAND_OF_OPTION = {  # checked in order: an option that the commands after it 
     "label_dropout": "train",
     "data": "classify-train",
 }
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        callback=unquoted_path, help="Read options from YAML or a run.json; the command line takes precedence"
+    ),
+]
 
 
 def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[str, Any], as_json: bool) -> Any:
@@ -113,6 +120,22 @@ def recorded(record: Mapping[str, Any], folder: Path, kind: type, given: Contain
     if record["options"].get("output") and "output" not in given:
         read["output"] = _checked_outputs(record["options"]["output"], folder)
     return {name: value for name, value in read.items() if name not in given}
+
+
+def with_config(
+    options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None, as_json: bool
+) -> Any:
+    """The options with a config file's values, or those of the run to resume, where the command line gives none."""
+    read: dict[str, Any] = {}
+    if config is not None:
+        from salun.config import read_config
+
+        read = read_config(config, type(options))
+    wanted = {**read, **{name: getattr(options, name) for name in given}}
+    record = unfinished(run_dir, resume, type(options), wanted, as_json)
+    if config is None and record is not None and run_dir is not None:
+        read = recorded(record, run_dir, type(options), given)
+    return dataclasses.replace(options, **{name: value for name, value in read.items() if name not in given})
 
 
 def _command_of(options: Container[str]) -> str | None:

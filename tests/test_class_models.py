@@ -22,6 +22,7 @@ from cli.main import app
 from salun.classification.experiment import train
 from salun.diffusion.attack import attack, with_defaults
 from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.data.images import encode_folder
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.class_conditional import ClassModel
@@ -30,6 +31,8 @@ from salun.diffusion.plan import make_plan
 from salun.diffusion.train import Average, network_of, scheduler_config, train_class_model, training_images
 from salun.diffusion.train_options import ClassTrainOptions, presets
 from salun.errors import Cancelled, ConfigError, DataError, ModelError, SalunError
+from salun.progress import Stage
+from salun.runs.cache import Cache
 
 from .conftest import short_of
 
@@ -179,15 +182,63 @@ def test_an_erased_folder_is_the_model_that_diffusers_loads_and_its_delta_gives_
         changed = (tensor != after[name]).view(-1)
         assert not (changed & ~run.mask.dense(name).view(-1)).any(), f"{name} changed outside the mask"
     model = salun.load(str(folder), device="cpu")
-    made = salun.Delta.load(tmp_path / "run" / "delta.salun.safetensors").apply(model.original())
+    delta = salun.Delta.load(tmp_path / "run" / "delta.salun.safetensors")
+    made = delta.apply(model.original())
     assert all(torch.equal(made[name], after[name]) for name in made)
+    undone = delta.undo({**model.original(), **made})
+    assert all(torch.equal(undone[name], before[name]) for name in undone)
     if kind == "dit":
         from diffusers import DiTPipeline
 
-        pipeline = DiTPipeline.from_pretrained(erased)
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline([3], 1.0, generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np")
-        assert images.images.shape == (1, 16, 16, 3) and np.isfinite(images.images).all()
+        def drawn(pipeline: Any) -> np.ndarray:
+            pipeline.set_progress_bar_config(disable=True)
+            noise = torch.Generator().manual_seed(0)
+            images: np.ndarray = pipeline([3], 1.0, noise, num_inference_steps=2, output_type="np").images
+            return images
+
+        original = DiTPipeline.from_pretrained(folder)
+        images = drawn(original)
+        original.transformer.load_state_dict(made, strict=False)
+        assert not np.array_equal(images, drawn(original))
+        assert np.allclose(drawn(DiTPipeline.from_pretrained(erased)), drawn(original), rtol=0, atol=1e-5)
+
+
+def test_two_classes_are_forgotten_in_a_run_that_was_stopped(pixels: Path, tmp_path: Path) -> None:
+    def stop(event: Any) -> None:
+        if event.stage == Stage.TRAINING and event.step == 1:
+            raise Cancelled("stopped")
+
+    few = {**FEW, "save_every": 0.0}
+    with pytest.raises(Cancelled):
+        salun.erase(str(pixels), ["3", "5"], run_dir=tmp_path / "run", progress=stop, **few)
+    run = salun.erase(str(pixels), ["3", "5"], run_dir=tmp_path / "run", resume=True, progress=salun.silent, **few)
+    whole = salun.erase(str(pixels), ["3", "5"], progress=salun.silent, **few)
+    assert [concept.name for concept in run.plan.concepts] == ["3", "5"]
+    assert set(run.record.metrics["per_concept"]) == {"3", "5"}
+    assert all(torch.equal(tensor, whole.erased[name]) for name, tensor in run.erased.items())
+
+
+def test_images_are_named_by_folders_of_labels_and_those_without_a_label_are_left_out(
+    pixels: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("3", "4", "4", "blue"):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8))
+        picture.save(tmp_path / "images" / name / f"{rng.integers(10**6)}.png")
+    found = encode_folder(salun.load(str(pixels), device="cpu"), tmp_path / "images", cache=Cache(tmp_path / "cache"))
+    assert found.captions == ["3", "4", "4", None]
+    assert "4 made gray, as the model's images are" in "\n".join(found.notes)
+    color = salun.load(str(written(tmp_path / "color", in_channels=3, out_channels=3)), device="cpu")
+    again = encode_folder(color, tmp_path / "images", cache=Cache(tmp_path / "cache"))
+    assert again.latents.shape[1] == 3 and "made gray" not in "\n".join(again.notes)
+    messages: list[str] = []
+    options = {**FEW, "retain_latents": 0, "anchor_share": 0.0, "retain_images": str(tmp_path / "images")}
+    salun.erase(str(pixels), "3", progress=lambda event: messages.append(event.message), **options)
+    assert "1 retain images skipped: their captions name what is to be erased" in messages
+    assert any("1 retain images skipped: neither their folder's name" in message for message in messages)
 
 
 def test_other_methods_attacks_and_evaluation_work_on_labels(pixels: Path, tmp_path: Path) -> None:
@@ -232,6 +283,7 @@ def _labels(text: str) -> Callable[[Path], None]:
         (None, {"concept": "3", "negative_prompt": "blurry"}, "negative_prompt does not apply"),
         (_labels("a\nb\n"), {"concept": "3"}, "names 2 classes, but its network takes 10"),
         (_labels("a\n" * 10), {"concept": "3"}, "the class 'a', which is there twice"),
+        (_labels("".join(f"{i}\n" for i in range(11))), {"concept": "3"}, "none is left for the null label"),
         (_config({"num_class_embeds": None}), {"concept": "3"}, "without class embeddings"),
         (_config({"num_class_embeds": "11"}), {"concept": "3"}, "has '11' class embeddings"),
         (_config({"sample_size": None}), {"concept": "3"}, "has no sample_size"),
@@ -367,6 +419,10 @@ def test_classes_that_no_model_could_have_are_reported_before_the_training(monke
     monkeypatch.setitem(data.EMBEDDED, "digits", lambda: replace(odd, classes=("crane",) * 10))
     with pytest.raises(ConfigError, match="the class 'crane', which is there twice"):
         train_class_model(ClassTrainOptions(**TINY), progress=salun.silent)
+    alike = (*(f"kind {i}" for i in range(8)), "crane", "crane ")  # which a file of labels gives back as one
+    monkeypatch.setitem(data.EMBEDDED, "digits", lambda: replace(odd, classes=alike))
+    with pytest.raises(ConfigError, match="the class 'crane', which is there twice"):
+        train_class_model(ClassTrainOptions(**TINY), progress=salun.silent)
 
 
 @pytest.mark.slow
@@ -394,10 +450,16 @@ def test_the_embedded_digits_forget_one_and_attacks_and_evaluation_judge_it(tmp_
 
 @pytest.mark.slow
 def test_train_and_erase_from_the_command_line(tmp_path: Path) -> None:
-    numbers = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    shown = CliRunner().invoke(app, ["train", "--run-dir", str(tmp_path / "t"), "--without", "3", *numbers])
+    config = tmp_path / "train.yaml"
+    config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in {**TINY, "without": ["0"]}.items()))
+    begun = ["train", "--run-dir", str(tmp_path / "t"), "--config", str(config)]
+    planned = CliRunner().invoke(app, [*begun, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert "10 classes, without 0; 1,2" in planned.output and "training: 3 steps of 8 images" in planned.output
+    assert "time: about" in planned.output and not (tmp_path / "t").exists()
+    shown = CliRunner().invoke(app, begun)
     assert shown.exit_code == 0, shown.output
-    assert "salun erase --model" in shown.output
+    assert "--concept class:1" in shown.output, "the first class that it has"
     again = CliRunner().invoke(app, ["train", "--resume", "--run-dir", str(tmp_path / "t")])
     assert again.exit_code == 0 and "is finished" in again.output
     other = CliRunner().invoke(app, ["train", "--resume", "--run-dir", str(tmp_path / "t"), "--steps", "9"])

@@ -347,11 +347,12 @@ def _resolved(
 
 def _paper_recipe(settings: ModelSettings, model: str, kind: str, method: Method) -> Recipe:
     of_salun = method.mask == "saliency" and not method.paper_recipe
-    papers = settings.paper_recipes if not settings.labels or of_salun else {}
+    papers = settings.paper_recipes
     if papers and not of_salun:
-        if not method.paper_recipe:
+        if settings.labels or not method.paper_recipe:
+            of_labels = " of class-conditional models" if settings.labels else ""
             raise ConfigError(
-                f"is paper, but {method.title} has no numbers of a paper here",
+                f"is paper, but {method.title} has no numbers of a paper{of_labels} here",
                 option="recipe",
                 advice="Use {recipe} default",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.class_images import ClassImages
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.class_conditional import ClassModel
-from salun.diffusion.model.labels import check_labels, vocabulary_of
+from salun.diffusion.model.labels import as_written, check_labels, vocabulary_of
 from salun.diffusion.model.loading import quiet_libraries
 from salun.diffusion.model.schedule import COSINE
 from salun.diffusion.model.settings import ModelSettings
@@ -88,6 +88,19 @@ def training_images(options: ClassTrainOptions) -> tuple[ClassImages, list[str]]
         raise ConfigError("leaves fewer than two classes", option="without")
     images = _of_size(data, rows, options.image_size or data.size)
     return ClassImages(images, labels, data.classes, data.digest), list(data.notes)
+
+
+def checked_images(options: ClassTrainOptions) -> tuple[ClassImages, list[str]]:
+    """As `training_images`. Raises ConfigError for classes that no model could have too, or a batch for processes."""
+    data, notes = training_images(options)
+    check_labels(as_written(data.classes), options.data)
+    count = current_processes().count
+    assert options.batch_size is not None
+    if options.batch_size % count:
+        raise ConfigError(
+            f"is {options.batch_size}, but must be divisible by the number of processes ({count})", option="batch_size"
+        )
+    return data, notes
 
 
 def _class(name: str, classes: tuple[str, ...]) -> int:
@@ -202,14 +215,7 @@ def train_class_model(
     processes = current_processes()
     if run_dir is not None and not processes.rank:
         check_folder(run_dir, resume)
-    data, notes = training_images(options)
-    check_labels(data.classes, options.data)
-    assert options.batch_size is not None
-    if options.batch_size % processes.count:
-        raise ConfigError(
-            f"is {options.batch_size}, but must be divisible by the number of processes ({processes.count})",
-            option="batch_size",
-        )
+    data, notes = checked_images(options)
     device = pick_device(options.device)
     judge = Judge(options.classifier, data.classes, device) if options.classifier else None
     facts = {"data": data.digest, "processes": str(processes.count)}
@@ -357,6 +363,11 @@ def _model_of(
         device=device,
         dtype=torch.float32,
     )
+
+
+def samples_shown(classes: Sequence[str]) -> int:
+    """Images of `_samples`."""
+    return SHOWN * len(classes[:MOST_SHOWN])
 
 
 def _shown(model: ClassModel) -> list[str]:

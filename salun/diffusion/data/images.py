@@ -21,7 +21,7 @@ from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, key_of
 from salun.untrusted import read_start
-from salun.user_text import as_spelled, prompt_text, syntax_note
+from salun.user_text import as_spelled, composed, prompt_text, syntax_note
 
 _LONGEST_CAPTION = 2000  # characters
 
@@ -78,7 +78,8 @@ def encode_folder(
 
     EXIF orientation is applied, transparency becomes white, grayscale and CMYK become RGB, an animation gives its first
     frame. Skipped and reported: files that cannot be read, images of less than a quarter of the resolution, duplicates.
-    Smaller images are enlarged, and counted. Raises DataError if nothing is left.
+    Smaller images are enlarged, and counted. Of a class-conditional model an image without a caption has its folder's
+    name, if that is a label. Raises DataError if nothing is left.
     """
     side = model.settings.sampling.resolution
     listing = image_files(folder)
@@ -98,10 +99,12 @@ def encode_folder(
             remarks.setdefault("duplicates, skipped", []).append(name)
             continue
         seen.add(digest)
+        if model.latent_shape[0] == 1 and (pixels != pixels[..., :1]).any():
+            traits.append("made gray, as the model's images are")
         for trait in traits:
             remarks.setdefault(trait, []).append(name)
         latents.append(_encode(model, pixels, digest, cache))
-        captions.append(_checked_caption(model, _caption(path), name))
+        captions.append(_checked_caption(model, _caption(path) or _label(model, path), name))
     notes = [f"{folder.name}: {len(latents)} of {len(files)} images used"]
     remarks |= {f"{why}, skipped": names for why, names in listing.skipped.items()}
     notes += [f"  {line}" for line in counted(remarks, 5)]
@@ -115,7 +118,7 @@ def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache
     key = key_of(
         what="image",
         image=digest,
-        shape=pixels.shape,
+        shape=[pixels.shape, model.latent_shape],
         vae=model.vae_hash,
         device=model.device.type,
         torch=torch.__version__,
@@ -150,6 +153,12 @@ def _caption(path: Path) -> str | None:
     """The text of an image's .txt file, on one line; None without such a file."""
     text = read_start(path.with_suffix(".txt"), _LONGEST_CAPTION)
     return prompt_text(" ".join(text.split())) or None if text is not None else None
+
+
+def _label(model: DiffusionModel, path: Path) -> str | None:
+    """Of a class-conditional model, the label that an image's folder is named by."""
+    vocabulary, name = model.settings.vocabulary, composed(path.parent.name)
+    return name if model.settings.labels and vocabulary is not None and vocabulary.attribute_of(name) else None
 
 
 def _checked_caption(model: DiffusionModel, caption: str | None, name: str) -> str | None:

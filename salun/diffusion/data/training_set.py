@@ -89,7 +89,7 @@ def build_training_set(
     usable: list[int] = []
     captions: list[str] = []
     if user.retain is not None and needed == "all":
-        usable, captions = _usable(list(user.captions), plan, progress)
+        usable, captions = _usable(list(user.captions), plan, model.settings.labels, progress)
     retain = [sampled["retain"], sampled["anchor"]]
     if user.retain is not None and needed == "all":
         retain.append(user.retain[usable].to(model.device))
@@ -204,13 +204,23 @@ def _tile(latents: Tensor, few: int, each: int) -> Tensor:
     return latents[[start + i % few for start in range(0, len(latents), few) for i in range(each)]]
 
 
-def _usable(captions: list[str | None], plan: Plan, progress: Progress) -> tuple[list[int], list[str]]:
-    """Rows of the retain images, and their captions, without those whose caption names a concept to erase."""
+def _usable(captions: list[str | None], plan: Plan, labels: bool, progress: Progress) -> tuple[list[int], list[str]]:
+    """Rows of the retain images, and their captions, without those whose caption names a concept to erase.
+
+    Args:
+        labels: Whether the captions are labels of a class-conditional model: then images without one are left out too,
+            which would else be trained as images without a class.
+    """
     phrases = {phrase for concept in plan.concepts for phrase in (concept.name, *concept.synonyms)}
-    usable = [i for i, text in enumerate(captions) if not any(mentions(text or "", phrase) for phrase in phrases)]
-    if len(usable) < len(captions):
-        skipped = f"{len(captions) - len(usable)} retain images skipped: their captions name what is to be erased"
-        progress(Event(Stage.ENCODING, message=skipped))
+    named = [i for i, text in enumerate(captions) if any(mentions(text or "", phrase) for phrase in phrases)]
+    blank = [i for i, text in enumerate(captions) if labels and not text]
+    for left_out, why in (
+        (named, "their captions name what is to be erased"),
+        (blank, "neither their folder's name nor a .txt file beside them is a label of the model"),
+    ):
+        if left_out:
+            progress(Event(Stage.ENCODING, message=f"{len(left_out)} retain images skipped: {why}"))
+    usable = sorted(set(range(len(captions))) - {*named, *blank})
     return usable, [captions[i] or "" for i in usable]
 
 

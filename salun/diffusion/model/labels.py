@@ -40,6 +40,11 @@ def read_labels(folder: Path, config: Mapping[str, Any], dit: bool) -> list[str]
     names = _named(folder)
     if names is None:
         return [str(i) for i in range(labels)]
+    if len(names) == labels + 1 and not dit:
+        raise ModelError(
+            f"{folder} names {len(names)} classes, as many as its network has class embeddings: none is left for the "
+            "null label of guidance, without which salun takes no model"
+        )
     if len(names) != labels:
         raise ModelError(
             f"{folder} names {len(names)} classes, but its network takes {labels} (and the null label of guidance)"
@@ -56,7 +61,7 @@ def _named(folder: Path) -> list[str] | None:
     path = folder / LABELS  # a name a line, in the order of the labels
     try:
         if path.is_file():
-            return [composed(line.strip()) for line in read_text(path, BYTES).split("\n") if line.strip()]
+            return [line for line in as_written(read_text(path, BYTES).split("\n")) if line]
         listed = read_json_object(folder / "model_index.json").get("id2label")
         if not isinstance(listed, dict) or not listed:
             return None
@@ -65,6 +70,11 @@ def _named(folder: Path) -> list[str] | None:
         return _shortened([str(listed[key]) for key in sorted(listed, key=int)])
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"the labels of {folder} cannot be read: {truncated(str(error))}") from error
+
+
+def as_written(names: Sequence[str]) -> list[str]:
+    """Names as a file of labels gives them back: without blanks at the ends, accents composed."""
+    return [composed(name.strip()) for name in names]
 
 
 def _shortened(names: Sequence[str]) -> list[str]:
