@@ -91,13 +91,14 @@ def _planned_lines(planned: dict[str, Any]) -> list[str]:
 
 def _lines(table: dict[str, Any]) -> list[str]:
     """The table in columns, without standard deviations."""
-    from salun.diffusion.compare_table import COLUMNS, ranked
+    from salun.diffusion.compare_table import COLUMNS, best_attack, ranked, title_in
 
     names = ("score", "ua", "ra", "neighbors", "asr", "image_drift", "seconds", "passes", "delta_mb")
     columns = [column for column in COLUMNS if column.name in names]
-    rows = [["", *(column.title for column in columns)]]
+    rows = [["", *(title_in(table, column) for column in columns)]]
     for row in ranked(table):
-        values = [(row[column.name], column.digits) for column in columns]
-        rows.append([row["title"], *(f"{of['mean']:,.{digits}f}" if of else "–" for of, digits in values)])
+        values = [(row[column.name], column) for column in columns]
+        shown = [f"{of['mean']:,.{column.digits}f}{best_attack(row, column)}" if of else "–" for of, column in values]
+        rows.append([row["title"], *shown])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -20,7 +20,7 @@ from salun.diffusion.compare_folder import comparison_record, erasure_of
 from salun.diffusion.compare_jobs import job_options, jobs_of, paper_notes, plans_of, with_methods
 from salun.diffusion.compare_options import CompareOptions, variant_of
 from salun.diffusion.compare_search import next_value, stored_searches
-from salun.diffusion.compare_table import Result, cells_of, table_of
+from salun.diffusion.compare_table import Result, attack_cells, cells_of, table_of
 from salun.diffusion.model.settings import read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
@@ -96,6 +96,17 @@ def test_the_table_has_means_and_differences_on_equal_concepts_and_seeds() -> No
     head, first, second = cells_of(table)
     assert (head[0], first[0], second[0]) == ("method", "UCE", "SalUn"), "the best mean is first"
     assert first[1] == "81.0 ± 1.0" and first[-1] == "3 erased" and first[-2] == "-10.0 (-10.0 to -10.0)"
+    assert head[1] == "UA × (1 − image drift), %" and head[-2] == "difference in UA × (1 − image drift)", (
+        "RA is unknown"
+    )
+    rates = {"ASR seeds": 10.0, "ASR inversion": 40.0, "asr": 40.0, "ra": 90.0}
+    attacked = [replace(each, values={**each.values, **rates}) if each.variant == "uce" else each for each in results]
+    table = table_of([variant_of("salun"), variant_of("uce")], attacked)
+    of_uce = ["UCE", "10.0 ± 0.0", "40.0 ± 0.0"]
+    assert attack_cells(table) == [["method", "seeds", "inversion"], ["SalUn", "–", "–"], of_uce]
+    head, _, second = cells_of(table)
+    assert second[head.index("ASR of the best attack, %")] == "40.0 ± 0.0 (inversion)"
+    assert head[1] == "UA × RA or (1 − image drift), %"
 
 
 @pytest.mark.slow

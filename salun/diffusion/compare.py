@@ -28,7 +28,7 @@ from salun.diffusion.compare_jobs import (
 )
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_search import searched, tuned_by
-from salun.diffusion.compare_table import Result, cells_of, table_of
+from salun.diffusion.compare_table import Result, attack_cells, cells_of, table_of
 from salun.diffusion.erase import erase
 from salun.diffusion.eval_models import Compared
 from salun.diffusion.model.loading import load_with
@@ -106,7 +106,8 @@ def compare(
         record.more["failed"] = [result.job for result in results if result.error]
         write_bytes(folder / "compare.csv", _csv(results).encode())
         images = {concept: _images(record, results, folder / "jobs", concept) for concept in options.concept}
-        page = comparison_page({**record.as_json(), "status": "done"}, cells_of(record.metrics), images)
+        texts = cells_of(record.metrics), attack_cells(record.metrics)
+        page = comparison_page({**record.as_json(), "status": "done"}, *texts, images)
         page.save(folder / "report.html")
     return Comparison(record.metrics, record)
 
@@ -127,7 +128,7 @@ def _done(model: Model, options: CompareOptions, erasure: Erasure, progress: Pro
             return Result(job.name, job.variant.name, job.concept, job.seed, error=str(error))
         stored = read_run(erasure.folder)
     assert stored is not None
-    attacks, failed = _attacked(model, options, erasure, stored, progress)
+    attacks, failed = _attacked(model, options, erasure, stored, progress, cache)
     try:
         result = Result.of(
             job.name, job.variant.name, job.concept, job.seed, stored, erasure.plan.subjects[0].attribute, attacks,
@@ -141,7 +142,12 @@ def _done(model: Model, options: CompareOptions, erasure: Erasure, progress: Pro
 
 
 def _attacked(
-    model: Model, options: CompareOptions, erasure: Erasure, stored: Mapping[str, Any], progress: Progress
+    model: Model,
+    options: CompareOptions,
+    erasure: Erasure,
+    stored: Mapping[str, Any],
+    progress: Progress,
+    cache: Cache,
 ) -> tuple[dict[str, float], list[str]]:
     """Attack → its ASR in percent, on the model of a finished job; and why others failed."""
     if not options.attack:
@@ -155,7 +161,8 @@ def _attacked(
     compared = Compared(
         job.name, model, model, [Concept(job.concept)], erasure.plan.options, change, loaded.result_hash
     )
-    made = attack_compared(job.name, compared, attack_options(options, job.seed), progress).attacked
+    chosen = attack_options(options, job.seed)
+    made = attack_compared(job.name, compared, chosen, progress, cache=cache).attacked
     rates = {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
     return rates, [f"the attack {each.chosen.text} failed: {each.error}" for each in made if each.error]
 

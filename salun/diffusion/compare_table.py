@@ -14,6 +14,7 @@ from salun.evaluation.interval import interval
 from salun.methods import METHODS
 
 PERCENT = 1000.0  # of a percentage, which a detector's correction may take beyond 100
+ASR = "ASR "  # before the name of an attack, in a result's values
 TRAINED = ("sampling", "saliency", "training")  # stages of a run that make the model, not its evaluation
 
 
@@ -110,7 +111,7 @@ class Result:
             "passes": passes,
             "changed": 100 * _number("changed", record["rounding"]["changed"], most=parameters) / parameters,
             "delta_mb": deltas[0] / 1e6 if deltas else None,
-            **{f"ASR {name}": rate for name, rate in attacks.items()},
+            **{f"{ASR}{name}": rate for name, rate in attacks.items()},
         }
         outcome = metrics["verdict"]["outcome"]
         if not isinstance(outcome, str):
@@ -161,6 +162,8 @@ def table_of(variants: Sequence[Variant], results: Sequence[Result]) -> dict[str
         row: dict[str, Any] = {"title": title_of(variant), "runs": len(mine)}
         for column in COLUMNS:
             row[column.name] = _spread([each.values.get(column.name) for each in mine])
+        named = dict.fromkeys(name for each in mine for name in each.values if name.startswith(ASR))
+        row["attacks"] = {name.removeprefix(ASR): _spread([each.values.get(name) for each in mine]) for name in named}
         row["outcomes"] = {
             name: sum(each.outcome == name for each in mine) for name in sorted({e.outcome for e in mine})
         }
@@ -192,8 +195,28 @@ def title_of(variant: Variant) -> str:
 
 def cells_of(table: Mapping[str, Any]) -> list[list[str]]:
     """The table as text, its heading first; the best score first."""
-    head = ["method", *(column.title for column in COLUMNS), "difference in UA × RA", "verdicts"]
+    head = ["method", *(title_in(table, column) for column in COLUMNS), f"difference in {_score(table)}", "verdicts"]
     return [head, *(_cells(row) for row in ranked(table))]
+
+
+def title_in(table: Mapping[str, Any], column: Column) -> str:
+    """A column's title in a table."""
+    return f"{_score(table)}, %" if column.name == "score" else column.title
+
+
+def _score(table: Mapping[str, Any]) -> str:
+    """What `score_of` is in a table: of a model without a detector of other prompts, RA is unknown."""
+    known = [bool(row["ra"]) for row in table.values() if row["score"]]
+    if all(known):
+        return "UA × RA"
+    return "UA × RA or (1 − image drift)" if any(known) else "UA × (1 − image drift)"
+
+
+def attack_cells(table: Mapping[str, Any]) -> list[list[str]]:
+    """The ASR of each attack as text, its heading first; without rows where nothing was attacked."""
+    names = list(dict.fromkeys(name for row in table.values() for name in row["attacks"]))
+    rows = [[row["title"], *(_shown(row["attacks"].get(name), 1) for name in names)] for row in ranked(table)]
+    return [["method", *names], *rows] if names else []
 
 
 def ranked(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -201,12 +224,20 @@ def ranked(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(table.values(), key=lambda row: -(row["score"] or {"mean": -1.0})["mean"])
 
 
+def best_attack(row: Mapping[str, Any], column: Column) -> str:
+    """In the column of the best attack's ASR, the attack with the highest mean, in parentheses; else nothing."""
+    rates = {name: of["mean"] for name, of in row["attacks"].items() if of}
+    return f" ({max(rates, key=lambda name: rates[name])})" if column.name == "asr" and rates else ""
+
+
+def _shown(spread: Mapping[str, float] | None, digits: int) -> str:
+    deviation = f" ± {spread['std']:.{digits}f}" if spread and spread["n"] > 1 else ""
+    return f"{spread['mean']:,.{digits}f}{deviation}" if spread else "–"
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     cells = [row["title"]]
-    for column in COLUMNS:
-        spread = row[column.name]
-        deviation = f" ± {spread['std']:.{column.digits}f}" if spread and spread["n"] > 1 else ""
-        cells.append(f"{spread['mean']:,.{column.digits}f}{deviation}" if spread else "–")
+    cells += [_shown(row[column.name], column.digits) + best_attack(row, column) for column in COLUMNS]
     of = row["difference"]
     ends = f" ({of['low']:+.1f} to {of['high']:+.1f})" if of and of["low"] is not None else ""
     cells.append(f"{of['value']:+.1f}{ends}" if of else "–")

@@ -216,7 +216,7 @@ def _usable(captions: list[str | None], plan: Plan, labels: bool, progress: Prog
     blank = [i for i, text in enumerate(captions) if labels and not text]
     for left_out, why in (
         (named, "their captions name what is to be erased"),
-        (blank, "neither their folder's name nor a .txt file beside them is a label of the model"),
+        (blank, "neither their folder's name nor their .txt file is a label of the model"),
     ):
         if left_out:
             progress(Event(Stage.ENCODING, message=f"{len(left_out)} retain images skipped: {why}"))
