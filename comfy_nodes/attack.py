@@ -20,6 +20,7 @@ from salun.report.metrics import lines_of
 from .evaluate import with_given_names
 from .execution import computes, graph_and_plan
 from .images import to_image
+from .inputs import GRAPH_OPTIONS
 from .look_inputs import ATTACK, WITHOUT_TOKENS, check_families
 from .model import GraphModel
 from .paths import output_path, validation
@@ -79,6 +80,11 @@ class SalUnAttack(Node):
         folder, name = output_path("attack", "salun", "")
         write_attack(report, folder)
         data: Mapping[str, Any] = {**report.as_json(), "folder": f"output/salun/{name}"}
-        lines = [fill(line, str) for line in lines_of(attack_banner(data))]
+        lines = [fill(line, _spelled) for line in lines_of(attack_banner(data))]
         text = with_given_names(json.dumps(data, indent=1), named)
         return to_image(attack_grid(report)), text, "\n".join([*lines, *attack_lines(data)])
+
+
+def _spelled(name: str) -> str:
+    """An option as a node's text names it; of one that no node has, such as `harden`, where it is."""
+    return f"--{name} (on the command line)" if name in GRAPH_OPTIONS else name

@@ -33,8 +33,6 @@ _TOOLTIPS = {  # where the help does not fit
     "detector": f"Detector that decides whether images show the concept ({DETECTORS}), with an argument after a colon "
     "where it takes one",
     "method": "Unlearning method; uce, rece and speed take seconds",
-    "harden": "Adversarial embeddings of each concept, learned against the model in training, so that none brings the "
-    "concept back; with them a step takes about three times the time",
     "optimizer": "Optimizer; adam8bit keeps its moments in 8 bits and needs the package bitsandbytes",
 }
 _AUTO = {  # what `auto` is, where the option's own text does not fit
@@ -198,6 +196,8 @@ GRAPH_OPTIONS = {  # options without an input, and what decides them in ComfyUI 
     "as_given": "low_vram and batch_size, by hand: a MODEL has no files whose shapes could be simulated",
     "save_every": "the core's default, and at an interrupt",
     "keep_ema": "SalUn Save Erased Checkpoint drops the EMA copy",
+    "harden": "it needs the text encoder's tokens, which a CLIP does not show",
+    "harden_weight": "as harden",
 }
 SHARED = tuple(
     name

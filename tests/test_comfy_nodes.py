@@ -445,7 +445,7 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
             seen.setdefault(name, set()).add(kind)
             rules = fields[name].metadata
             assert "mask file" not in settings["tooltip"], "a file is not a choice of this node"
-            own = ("mask", "detector", "method", "harden", "optimizer")
+            own = ("mask", "detector", "method", "optimizer")
             assert name in own or settings["tooltip"].startswith(rules["text"].replace("`", ""))
             same = {name: 16} if name == "eval_images" else {}  # the number of every recipe
             assert erase_options({name: settings["default"]}) == EraseOptions(**same)
@@ -966,7 +966,7 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
 
     def key(of: Any = None, given_data: Any = None, given_mask: Any = None, **changes: Any) -> str:
         graph_parts = {name: changes.pop(name, part) for name, part in default.items()}
-        unread = {name: changes.pop(name) for name in ("harden_weight", *METHOD[1:]) if name in changes}
+        unread = {name: changes.pop(name) for name in METHOD[1:] if name in changes}
         graph, plan = graph_and_plan(**graph_parts, concept=of or concept(), values=changes, shared=options())
         plan = replace(plan, options=replace(plan.options, **unread))
         return str(run_record("erasure", graph, plan, given_data, given_mask).fingerprint)
@@ -1011,7 +1011,6 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
         **{"anchor_share": 0.25, "optimizer": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
         **{"detector": "self", "gradient_checkpointing": True, "deterministic": False},
         **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm", "until": "ua>=0.9", "target_guidance": 0.5},
-        **{"harden": 2, "harden_weight": 0.5},
         **{"negative_guidance": 2.0, "uce_erase": 2.0, "uce_preserve": 2.0, "uce_lambda": 0.1},
         **{"esd_samples": "original", "ant_early": 2.0, "ant_empty": 2.0, "ca_regularization": 2.0, "leco_rank": 2},
         **{"spm_anchoring": 2.0, "erasediff_lambda": 2.0, "rece_rounds": 1, "rece_erase": 2.0, "rece_preserve": 2.0},
