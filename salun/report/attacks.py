@@ -138,6 +138,8 @@ def _notes(facts: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
         reached, steps = facts["steps_to_half"], options["steps"]
         in_steps = f"half as often as in the original after {_count(reached, 'step')}" if reached else ""
         notes.append(in_steps or f"not half as often as in the original within {_count(steps, 'step')}")
+    if "start" in facts:
+        notes.append(f"from the {facts['start']}")
     if "batch_size" in facts:
         rate = f", learning rate {facts['lr']:g}" if "lr" in facts else ""
         notes.append(f"batches of {facts['batch_size']}{rate}")

@@ -35,10 +35,12 @@ def concept_vector(task: AttackTask, options: ConceptVectorOptions) -> AttackRes
     best, anchored, v = Best(len(task)), task.encode(task.anchors), vector(task)
     for eta in range(1, options.strengths + 1):
         best.add(*task.attempt(moved(anchored, v, float(eta)), task.seeds))
-        best.mark(f"η {eta}")
+        best.mark(eta)
         task.report(eta, options.strengths)
     texts = [f"{anchor} + η·v" for anchor in task.anchors]
-    return AttackResult(best.shown, best.latents, options.strengths, task.passes, best.curve, "strength", texts=texts)
+    return AttackResult(
+        best.shown, best.latents, options.strengths, task.passes, best.curve, "strengths η up to", texts=texts
+    )
 
 
 def vector(task: AttackTask) -> Conditioning:

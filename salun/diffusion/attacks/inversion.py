@@ -45,20 +45,21 @@ def inversion(task: AttackTask, options: InversionOptions) -> AttackResult:
     subject = task.plan.subjects[task.concept]
     names = {"concept": subject.phrase or subject.name, "anchor": subject.anchor_phrase}
     starts = list(names) if options.start == "both" else [options.start]
-    tried: list[tuple[float, list[Tensor]]] = []
+    tried: list[tuple[float, list[Tensor], str]] = []
     curve: list[tuple[float | str, float]] = []
-    for start in starts:
+    for number, start in enumerate(starts):
         for steps, rate, vectors in _learned(task, options, names[start]):
-            tried.append((rate, vectors))
-            curve.append((f"{steps} from the {start}", rate))
+            tried.append((rate, vectors, start))
+            curve.append((number * options.steps + steps, max(each[0] for each in tried)))
             task.report(len(tried), LOOKS * len(starts))
-    vectors = max(tried, key=lambda each: each[0])[1]
+    _, vectors, best = max(tried, key=lambda each: each[0])
     rows = _rows(task, task.prompts, options.length)
     latents, shown = task.attempt(task.tokens.encode_tokens(rows, vectors), task.seeds)
     texts = [" ".join("*" if token < 0 else task.tokens.text_of([token]) for token in row) for row in rows]
     prompts = AdversarialPrompts(rows, list(task.seeds), [vector.cpu() for vector in vectors], texts)
-    facts = {"batch_size": task.batch_size}
-    return AttackResult(shown, latents, 1, task.passes, curve, "steps", prompts, facts)
+    facts = {"batch_size": task.batch_size, "start": best}
+    counted = f"steps from the {' and then the '.join(starts)}, the best so far, on other seeds"
+    return AttackResult(shown, latents, 1, task.passes, curve, counted, prompts, facts)
 
 
 def _rows(task: AttackTask, prompts: Sequence[str], length: int) -> list[list[int]]:
