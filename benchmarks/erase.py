@@ -74,10 +74,10 @@ seeds, and on *red* cross-attention alone is the most even. The mask helps where
 Cross-attention alone moves other images of *circle* a little further (Fréchet distance 14.9, not 13.5). SalUn-soft
 never found a sparse mask: its final density was 1 in every run.
 
-Beyond the paper, on *red*: **gradient surgery changes nothing** (UA and RA within 0.2 points of SalUn's at the same seeds,
-two of them, at more than twice the time). Forget timesteps from the half with little noise erase as those of the whole
-schedule do (one seed: UA 99.6, RA drop 2.0, where SalUn has 100 and 1.8); from the half with much noise they erase
-nothing (UA 0.4). None of them is a default.
+Beyond the paper, on *red*: **gradient surgery changes nothing** (UA and RA within 0.2 points of SalUn's at the same
+seeds, two of them). Forget timesteps from the half with little noise erase as those of the whole schedule do (one seed:
+UA 99.6, RA drop 2.0, where SalUn has 100 and 1.8); from the half with much noise they erase nothing (UA 0.4). None of
+them is a default.
 
 Written by `benchmarks/erase.py`: {n} images each of forget and retain prompts per row and seed, from prompts that
 training never used, at the same seeds before and after, on a CPU, after the recipe's fixed number of steps, 120 (the

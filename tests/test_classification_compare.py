@@ -651,10 +651,10 @@ def test_the_command_tells_the_table(tmp_path: Path) -> None:
     assert (found["methods"], found["seeds"]) == (["ft"], [0, 1])
 
 
-def stopped(how: signal.Signals, folder: Path, *arguments: str) -> tuple[int, str]:
+def stopped(how: signal.Signals, folder: Path, *arguments: str, worker: bool = False) -> tuple[int, str]:
     """Starts a comparison by two processes, stops it when it has one more result, and gives its exit code and stderr.
 
-    None of its processes outlives it.
+    None of its processes outlives it. worker: stop one of the processes that it started instead.
     """
     before = results_in(folder)
     command = [sys.executable, "-m", "salun", "classify-compare", *arguments, "--run-dir", "run", "--workers", "2"]
@@ -666,7 +666,8 @@ def stopped(how: signal.Signals, folder: Path, *arguments: str) -> tuple[int, st
             time.sleep(0.05)
         children = children_of(process.pid)
         assert children
-        process.send_signal(how)
+        workers = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+        os.kill(workers[0] if worker else process.pid, how)
         rest = process.communicate(timeout=60)[1]
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}").exists() for child in children):
@@ -682,7 +683,7 @@ def results_in(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_killed_comparison_resumes_and_leaves_no_process(tmp_path: Path) -> None:
-    """Interrupted, resumed and killed, and resumed again: what was there is not made anew."""
+    """Interrupted, killed, bereft of a worker, and resumed each time: what was there is not made anew."""
     arguments = ["--methods", "ft", "--methods", "ga", "--seeds", "2", "--no-search", "--train-epochs", "8"]
     code, rest = stopped(signal.SIGINT, tmp_path, *arguments, "--epochs", "3")
     assert code == 130
@@ -692,10 +693,16 @@ def test_a_killed_comparison_resumes_and_leaves_no_process(tmp_path: Path) -> No
     assert code == -signal.SIGKILL
     killed = results_in(tmp_path)
     assert interrupted.items() < killed.items() and len(killed) < 8
+    code, rest = stopped(signal.SIGKILL, tmp_path, "--resume", worker=True)
+    assert (
+        code == 1 and "a process of the comparison was killed" in rest and "Use --resume with fewer --workers" in rest
+    )
+    bereft = results_in(tmp_path)
+    assert killed.items() < bereft.items() and len(bereft) < 8
     again = run_command("classify-compare", "--resume", "--run-dir", "run", "--workers", "1", "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["status"] == "done"
-    assert killed.items() < results_in(tmp_path).items() and len(results_in(tmp_path)) == 8
+    assert bereft.items() < results_in(tmp_path).items() and len(results_in(tmp_path)) == 8
 
 
 def children_of(pid: int) -> list[int]:

@@ -348,6 +348,20 @@ def test_every_purpose_draws_from_a_stream_of_its_own() -> None:
     assert seed_of(0, "split") == 0x3451854FC583B385  # as it was: the splits of everybody's runs hang on it
 
 
+def test_images_that_a_device_has_no_room_for_stay_and_their_batches_are_sent() -> None:
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    preset = {"mean": [0.5] * 3, "std": [0.25] * 3, "augment": "crop-flip"}
+    data = ImageData("six", images, torch.arange(6), tuple("abcdef"), preset=preset)
+    rows, elsewhere = torch.tensor([4, 1]), torch.device("meta")
+    for room, home in ((images.nbytes, "meta"), (images.nbytes - 1, "cpu")):
+        there = data.to(elsewhere, room)
+        assert (there.images.device.type, there.labels.device.type, there.device) == (home, "meta", elsewhere)
+        assert there.augmented(rows, torch.Generator()).device == there.images_of(rows).device == elsewhere
+    sent = data.to(torch.device("cpu"), room=0)
+    drawn = [each.augmented(rows, torch.Generator().manual_seed(1)) for each in (data, sent)]
+    assert torch.equal(*drawn) and torch.equal(data.images_of(rows), sent.images_of(rows))
+
+
 def test_augmentation_shifts_and_mirrors_and_is_seeded() -> None:
     ramp = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
     preset = {"mean": [0.0], "std": [1.0], "augment": "crop-flip"}

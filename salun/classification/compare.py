@@ -180,7 +180,7 @@ def compare(
     recorded = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}
     recorded["methods"] = [variant.name for variant in variants]
     facts = {**facts_of(first.options, first.data, first.split), "weights": _fresh_weights(first)}
-    record = RunRecord(folder, command, recorded, options.seed, str(first.data.images.device), facts, resume)
+    record = RunRecord(folder, command, recorded, options.seed, str(first.data.device), facts, resume)
     with shown(progress) as progress, record.running():
         store = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
         stages = comparison_stages(options, [(setting.options, setting.split) for setting in checked.values()])

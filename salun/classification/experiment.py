@@ -130,7 +130,7 @@ def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageDat
 
 def open_record(setting: ExperimentSetup) -> RunRecord:
     """A record without a folder, for a run that is part of a larger one."""
-    return RunRecord(None, "", asdict(setting.options), setting.options.seed, str(setting.data.images.device))
+    return RunRecord(None, "", asdict(setting.options), setting.options.seed, str(setting.data.device))
 
 
 def metrics_of(task: Task) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def train(
     train_options = TrainOptions(**{**asdict(options or TrainOptions()), **given})
     full, data, split = training_of(train_options)
     recorded, cache = {name: getattr(full, name) for name in asdict(train_options)}, cache or Cache.of_user()
-    record = _record(run_dir, command, recorded, facts_of(full, data, split), data.images.device, resume)
+    record = _record(run_dir, command, recorded, facts_of(full, data, split), data.device, resume)
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
         progress(Event(Stage.PLANNING, stages=training_stages(full, split)))
@@ -203,7 +203,7 @@ def unlearn(
     setting = setup_of(UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given}), cache)
     options, data, split = setting.options, setting.data, setting.split
     facts = facts_of(options, data, split, setting.given)
-    record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
+    record = _record(run_dir, command, asdict(options), facts, data.device, resume)
     with shown(progress) as progress, record.running(), _computing(options):
         _keep_split(record, split)
         trains, retrains = setting.given is None, setting.no_retrain is None
@@ -309,7 +309,7 @@ def _task(
     progress: Progress,
     recipe: UnlearnOptions | None = None,
 ) -> Task:
-    device, facts = data.images.device, model.facts
+    device, facts = data.device, model.facts
     fresh = partial(
         new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed, options.allow_pickle
     )

@@ -275,7 +275,7 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
     threads = torch.get_num_threads()
     try:
         setting = setup_of(job.options, cache, data)
-        if setting.data.images.device.type == "cpu":
+        if setting.data.device.type == "cpu":
             torch.set_num_threads(1)
         with deterministic_kernels(setting.options.deterministic), memory_errors():
             return WORK[job.kind](job, setting, progress)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.classification.pixel_store import pixels_of
+from salun.compute.device import to_device
 from salun.errors import ConfigError, DataError, some
 from salun.images import Source
 from salun.runs.cache import Cache
@@ -37,7 +38,7 @@ class ImageData:
     images: uint8 (n, c, h, w). labels: int64 (n,). classes: names by label. own_test, own_validation: rows of the data
     set's own test and validation part, None where it has none. preset: mean, std, augment, model and train, from
     `datasets.yaml`. notes: what a user should know about how the data was read. names: of each row's image in messages,
-    () where images have none.
+    () where images have none. device: where batches are made, which holds the images too if it has the memory.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ImageData:
     preset: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    device: torch.device = torch.device("cpu")
 
     @property
     def channels(self) -> int:
@@ -72,13 +74,26 @@ class ImageData:
         """A row's image in messages: its file without the folder, or the row's number."""
         return Path(self.names[row]).name if self.names else f"row {row}"
 
-    def to(self, device: torch.device) -> ImageData:
-        """The same data on a device. Rows may be given on any device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+    def to(self, device: torch.device, room: int | None = None) -> ImageData:
+        """The same data for a device. Rows may be given on any device.
+
+        Args:
+            room: Bytes that images may take there, by default half of a GPU's free memory: more stay where they are,
+                and each batch is sent, which the device works through while the next is read.
+        """
+        if room is None and device.type == "cuda":
+            room = torch.cuda.mem_get_info(device)[0] // 2
+        stay = room is not None and self.images.nbytes > room
+        images = self.images if stay else self.images.to(device)
+        return replace(self, images=images, labels=self.labels.to(device), device=device)
+
+    def pixels_of(self, rows: Tensor) -> Tensor:
+        """The images of these rows, uint8 (b, c, h, w), on the device."""
+        return to_device(self.images[rows.to(self.images.device)], self.device)
 
     def images_of(self, rows: Tensor) -> Tensor:
-        """The images of these rows, normalized: float32 (b, c, h, w)."""
-        return self.normalize(self.images[rows.to(self.images.device)])
+        """Likewise, normalized: float32."""
+        return self.normalize(self.pixels_of(rows))
 
     def normalize(self, images: Tensor) -> Tensor:
         """(pixels/255 − mean) / std of uint8 images."""
@@ -102,7 +117,7 @@ class ImageData:
         kind = self.preset["augment"]
         if kind == "none":
             return self.images_of(rows)
-        images = self.images[rows.to(self.images.device)]
+        images = self.pixels_of(rows)
         (b, _, h, w), pad = images.shape, self.size // 8
         shift = torch.randint(0, 2 * pad + 1, (b, 2), generator=generator).to(images.device)
         flip = (torch.rand(b, generator=generator) < (0.5 if kind == "crop-flip" else 0.0)).to(images.device)
@@ -151,11 +166,13 @@ def assembled(
     for role in ROLES:
         rows[role] = torch.arange(start, start + len(parts.get(role, ())))
         start += len(rows[role])
-    given_parts = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
+    own = {role: rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
     lines = (*notes, *(f"{name}: {line}" for line in (*alike(classes), *traits)))
     names = tuple(sample.name for sample in samples)
-    return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines, names=names)
+    return ImageData(
+        name, images, labels, tuple(classes), own["test"], own["validation"], preset=preset, notes=lines, names=names
+    )
 
 
 def alike(classes: Sequence[str]) -> list[str]:

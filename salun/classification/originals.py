@@ -60,7 +60,7 @@ def trained(
     The split of an original has an empty forget set; Retrain's has one. Both begin with the same weights. stage: what
     the random numbers of its batches depend on besides the seed.
     """
-    device = data.images.device
+    device = data.device
     assert options.model is not None
     fresh = partial(
         new_model, options.model, data.channels, len(data.classes), options.seed, allow_pickle=options.allow_pickle
@@ -102,7 +102,7 @@ def key_of_training(options: TaskOptions, data: ImageData, split: Split, fresh: 
     includes the versions of the libraries and, on a CPU, the number of threads and the instruction set, which change
     the order of sums. stage: what its batches are drawn by.
     """
-    device = data.images.device
+    device = data.device
     if device.type == "cuda":
         where = [torch.cuda.get_device_name(device)]
     else:

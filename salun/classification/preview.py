@@ -113,7 +113,7 @@ def preview_comparison(
         "train": len(first.split.train),
         "jobs": counts,
         "workers": workers,
-        "device": str(first.data.images.device),
+        "device": str(first.data.device),
         "seconds": seconds / workers,
     }
 
@@ -122,7 +122,7 @@ def _summary(options: TaskOptions, data: ImageData, split: Split) -> dict[str, A
     rows = {part: len(getattr(split, part)) for part in ("train", "validation", "test", "forget", "retain")}
     names = ("data", "model", "train_epochs", "train_lr", "train_batch_size", "seed")
     values = {name: getattr(options, name) for name in names}
-    return {**values, "classes": len(data.classes), "rows": rows, "device": str(data.images.device)}
+    return {**values, "classes": len(data.classes), "rows": rows, "device": str(data.device)}
 
 
 def _training(
@@ -147,7 +147,7 @@ def _pace(options: TaskOptions, data: ImageData, split: Split, progress: Progres
     """The pace of a run of these options. split: an evaluation is measured if it has a forget set. threads: of a CPU,
     if the run sets their number.
     """
-    before, on_cpu = torch.get_num_threads(), data.images.device.type == "cpu"
+    before, on_cpu = torch.get_num_threads(), data.device.type == "cpu"
     try:
         if threads is not None and on_cpu:
             torch.set_num_threads(threads)
@@ -161,7 +161,7 @@ def _pace(options: TaskOptions, data: ImageData, split: Split, progress: Progres
 
 def _untrained(options: TaskOptions, data: ImageData, split: Split) -> Task:
     """A task with a new model, placed and computed with as in a run."""
-    device = data.images.device
+    device = data.device
     fresh = partial(
         new_model, options.model or "", data.channels, len(data.classes), options.seed, options.allow_pickle
     )

@@ -80,7 +80,7 @@ def comparison_stages(options: CompareOptions, rows: Sequence[tuple[UnlearnOptio
 
 def slow_training(options: TaskOptions, data: ImageData, split: Split) -> list[str]:
     """A note where a model trains for hours on a CPU, with the names of faster ones. options: resolved."""
-    if data.images.device.type != "cpu" or options.model != "resnet18":
+    if data.device.type != "cpu" or options.model != "resnet18":
         return []
     pixels = data.images.shape[2] * data.images.shape[3] / 32**2
     hours = RESNET18_SECONDS * pixels * len(split.train) * (options.train_epochs or 1) / torch.get_num_threads() / 3600

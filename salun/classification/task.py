@@ -58,7 +58,7 @@ class Task:
     @property
     def device(self) -> torch.device:
         """The device of the data and the model."""
-        return self.data.images.device
+        return self.data.device
 
     @property
     def size(self) -> int:
