@@ -166,12 +166,20 @@ def assembled(
     for role in ROLES:
         rows[role] = torch.arange(start, start + len(parts.get(role, ())))
         start += len(rows[role])
-    own = {role: rows[role] if len(rows[role]) else None for role in ROLES[1:]}
+    others = {role: rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
     lines = (*notes, *(f"{name}: {line}" for line in (*alike(classes), *traits)))
     names = tuple(sample.name for sample in samples)
     return ImageData(
-        name, images, labels, tuple(classes), own["test"], own["validation"], preset=preset, notes=lines, names=names
+        name,
+        images,
+        labels,
+        tuple(classes),
+        others["test"],
+        others["validation"],
+        preset=preset,
+        notes=lines,
+        names=names,
     )
 
 
