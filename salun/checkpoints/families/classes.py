@@ -68,7 +68,9 @@ def _refuse() -> NoReturn:
     raise ModelError(NO_FILE, advice="Use a diffusers folder")
 
 
-def _family(name: str, title: str, pipeline: str, network: ClassNetwork, vae: Vae | None) -> Family:
+def _family(
+    name: str, title: str, pipeline: str, network: ClassNetwork, vae: Vae | None, also: tuple[str, ...] = ()
+) -> Family:
     return Family(
         name=name,
         title=title,
@@ -80,6 +82,7 @@ def _family(name: str, title: str, pipeline: str, network: ClassNetwork, vae: Va
         vae=vae,
         lora_metadata={},
         scheduler=LINEAR,
+        also=also,
     )
 
 
@@ -89,6 +92,7 @@ PIXELS = _family(
     "DDPMPipeline",
     ClassNetwork("unet", "UNet2DModel", "class_embedding.weight", ".attentions."),
     None,
+    also=("DDIMPipeline",),
 )
 DIT = _family(
     "dit",

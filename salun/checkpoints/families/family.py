@@ -105,7 +105,7 @@ class Family:
     Args:
         name: In commands and files: "sd1".
         title: For people: "Stable Diffusion 1".
-        pipeline: diffusers' pipeline class.
+        pipeline: diffusers' pipeline class. also: Others whose folders are alike.
         architecture: In the metadata of single files (modelspec).
         matches: Whether a network with tensors of these shapes is of the family.
         matches_config: Whether a network with this config is, in a folder of the family's pipeline.
@@ -138,6 +138,7 @@ class Family:
     v_mark: bool = False
     scheduler: Mapping[str, Any] = field(default_factory=lambda: SCALED_LINEAR)
     index: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name

@@ -48,7 +48,7 @@ def recognize(shapes: Shapes) -> Family:
 
 def families_of(pipeline: str) -> list[Family]:
     """The families of a diffusers pipeline class."""
-    return [family for family in FOLDER_FAMILIES.values() if family.pipeline == pipeline]
+    return [family for family in FOLDER_FAMILIES.values() if pipeline in (family.pipeline, *family.also)]
 
 
 def family_for_hosts(tensors: Mapping[str, Tensor]) -> Family:
