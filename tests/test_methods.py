@@ -417,6 +417,25 @@ def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return salun.load(str(folder), device="cpu")
 
 
+def test_prompts_as_tokens_encode_as_text_does_with_each_familys_encoders_and_are_hardened(layout: Model) -> None:
+    texts = ["a photo of a cat", "two dogs"]
+    rows, plain = [layout.tokens(text) for text in texts], layout.encode(texts)
+    assert len(layout.token_embeddings) == (2 if "text_embeds" in plain.extra else 1)
+    token = rows[0][-1]
+    vectors = [matrix[[token]].clone().requires_grad_(True) for matrix in layout.token_embeddings]
+    for encoded in (
+        layout.encode_tokens(rows),
+        layout.encode_tokens([[-1 if each == token else each for each in row] for row in rows], vectors),
+    ):
+        assert torch.equal(encoded.hidden, plain.hidden)
+        assert all(torch.equal(encoded.extra[name], plain.extra[name]) for name in plain.extra)
+    loss = encoded.hidden.square().sum() + sum(value.square().sum() for value in encoded.extra.values())
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(loss, vectors))
+    few = {"steps": 1, "batch_size": 2, "eval_images": 0, "sampling_steps": 1, "forget_latents": 2, "retain_latents": 2}
+    run = salun.erase(layout, salun.Concept("cat", anchor="dog"), harden=2, progress=salun.silent, **few)
+    assert run.history[0]["adversarial"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["sdxl"], indirect=True)
 @pytest.mark.parametrize("name", METHODS["diffusion"])
