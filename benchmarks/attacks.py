@@ -28,13 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "attacks", ROOT / "docs" / "attacks.md"
 METHODS: dict[str, dict[str, Any]] = {  # name → options of `erase`
     "SalUn": {"steps": 120},
+    "SalUn, default": {},
     "SalUn, hardened": {"harden": 8},
+    "finetune": {"method": "finetune", "steps": 120},
     "ESD": {"method": "esd", "steps": 120, "lr": 3e-4, "batch_size": 4},
     "UCE": {"method": "uce"},
 }
 ATTACKED = (
-    "seeds", "completion", "concept-vector", "ring-a-bell", "prompt-search", "embedding-search", "inversion",
-    "inversion+steps=400+start=anchor", "relearn", "relearn+data=unrelated", "quantize", "merge",
+    "seeds", "noise", "completion", "inpaint", "concept-vector", "ring-a-bell", "prompt-search", "embedding-search",
+    "inversion", "inversion+steps=400+start=anchor", "inversion+steps=1000", "inversion+length=4", "relearn",
+    "relearn+data=unrelated", "quantize", "merge",
 )  # fmt: skip
 
 

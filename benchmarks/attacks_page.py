@@ -169,7 +169,8 @@ def table(
     ):
         cells = [_number([shown(r) for r in rows[name]], 1) for name in names]
         lines.append(f"| *{title}* | {' | '.join(cells)} | |")
-    for each in attacks:
+    made = {each for name in names for row in rows[name] for each in row["attacks"]}
+    for each in (each for each in attacks if each in made):
         cells = [_number([rate(r["attacks"].get(each)) for r in rows[name]]) for name in names]
         lines.append(f"| {attack_of(each).title} | {' | '.join(cells)} | {_control(each, originals)} |")
         if each.startswith(TRAINED):
@@ -222,11 +223,15 @@ def seconds(rows: Rows, attacks: Sequence[str]) -> str:
     remark = "On one core, some of them next to other work; the median over concepts and seeds.\n"
     lines = ["## Seconds for each model\n", remark, f"| | {' | '.join(methods)} |"]
     lines.append("|---" * (len(methods) + 1) + "|")
-    for each in attacks:
+    known = {each for by in rows.values() for of in by.values() for row in of for each in row["attacks"]}
+    for each in (each for each in attacks if each in known):
         cells = []
         for name in methods:
             made = [row["attacks"].get(each) for by in rows.values() for row in by.get(name, [])]
             times = [of["seconds"] for of in made if of is not None]
             cells.append(f"{np.median(times):.0f}" if times else "–")
         lines.append(f"| {attack_of(each).title} | {' | '.join(cells)} |")
+    totals = {name: [sum(each["seconds"] for each in row["attacks"].values()) for by in rows.values()
+                     for row in by.get(name, [])] for name in methods}  # fmt: skip
+    lines.append(f"| *all of them* | {' | '.join(f'{np.median(totals[name]):.0f}' for name in methods)} |")
     return "\n".join(lines)
