@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "classify"
 TABLE = ROOT / "docs" / "classification-results.md"
 METHODS = ["salun", "salun-soft", "rl", "ft", "ga", "l1-sparse", "scrub", "ssd", "iu", "ff", "be", "bs"]
+FURTHER = ["salun", "lfssd", "bad-teacher", "jit", "delete", "neggrad-plus", "unsir"]  # next to SalUn
 FORGET = {"random:0.1": "random 10 %", "class:3": "one class", "random:0.5": "random 50 %"}
 ORDER = {"digits": "forget-first", "clutter": "mixed"}  # as in the authors' code on CIFAR-10 and on CIFAR-100
 CENTERS = {  # of the grids of the runs: the methods' default learning rates at that time
@@ -68,6 +69,12 @@ def settings() -> dict[str, CompareOptions]:
         for data in ("clutter", "digits"):
             common["search_seeds"] = 2 if (data, forget) == ("clutter", "random:0.1") else 1  # the hardest setting
             comparisons[f"{data} {forget}"] = CompareOptions(data=data, forget=forget, order=ORDER[data], **common)
+    for data, forget in (("clutter", "random:0.1"), ("clutter", "class:3"), ("digits", "class:3")):
+        methods = FURTHER if forget.startswith("class") else FURTHER[:-1]  # UNSIR forgets whole classes
+        seeds = {"seeds": 5, "search_seeds": 2 if forget == "random:0.1" else 1, "order": ORDER[data]}
+        comparisons[f"{data} {forget} further"] = CompareOptions(
+            data=data, forget=forget, **{**common, **seeds, "methods": methods}
+        )
     density = {**common, "methods": DENSITIES, "seeds": 5, "search_seeds": 1, "relearn": 100, "order": ORDER["clutter"]}
     comparisons["clutter density"] = CompareOptions(data="clutter", **density)
     return comparisons
@@ -138,7 +145,8 @@ def table() -> str:
             continue
         record = json.loads(path.read_text(encoding="utf-8"))
         metrics, options = renamed(record["metrics"]), record["options"]
-        title = f"{options['data']}, {FORGET[options['forget']]}" + (": density" if "density" in name else "")
+        ending = ": density" if "density" in name else ": further methods" if "further" in name else ""
+        title = f"{options['data']}, {FORGET[options['forget']]}{ending}"
         parts += [f"## {title}", "", *markdown(lines_of(metrics)), ""]
         for heading, rows in list(tables_of(metrics).items())[1:]:
             if len(rows) > 1:
@@ -172,7 +180,7 @@ def verdict(title: str, metrics: dict[str, Any]) -> str:
     chance, original = (metrics[side]["gap_mean"]["mean"] for side in ("again", "original"))
     rows = metrics["methods"]
     titles = {name: row["title"] for name, row in rows.items()}
-    known = {n: r["gap_mean"]["mean"] for n, r in rows.items() if n in METHODS and r["gap_mean"]["n"]}
+    known = {n: r["gap_mean"]["mean"] for n, r in rows.items() if n in {*METHODS, *FURTHER} and r["gap_mean"]["n"]}
     idle = [name for name in known if is_no_better_than_original(rows[name]["search"])]
     order = sorted((name for name in known if name not in idle), key=lambda name: known[name])
     nearest = ", ".join(f"{titles[n]} {known[n]:.2f}" for n in order[:5]) or "none"
@@ -207,8 +215,8 @@ PREAMBLE = (  # its first paragraph is written by hand: revise it after a new ru
     "layers does as well (5.9, SalUn 6.2), a random one does worse at density 0.5 (7.8) and 0.3 (6.3, SalUn 4.7) "
     "and better at 0.1 (5.7, SalUn 8.6). On the digits a random subset leaves almost nothing to forget, and SalUn "
     "has no effect there.",
-    "Written by `benchmarks/classify.py`: 10 seeds (5 for the densities) on a CPU, one thread. Each seed has its "
-    "own original, forget set and Retrain. Cells are mean ± standard deviation over seeds; in parentheses is the "
+    "Written by `benchmarks/classify.py`: 10 seeds (5 for densities and further methods) on a CPU, one thread. Each "
+    "seed has its own original, forget set and Retrain. Cells are mean ± standard deviation over seeds; in parentheses is the "
     "difference of the mean from Retrain's mean over the same seeds, and *avg. gap* is the average of these, as in "
     "the SalUn paper. *Gap by seed* is the mean over UA, RA, TA and MIA of each seed's gap to its own Retrain, in "
     "which errors of different seeds do not cancel; methods are compared by it. *Retrain, another seed* is trained "
