@@ -216,14 +216,14 @@ PREAMBLE = (  # its first paragraph is written by hand: revise it after a new ru
     "and better at 0.1 (5.7, SalUn 8.6). On the digits a random subset leaves almost nothing to forget, and SalUn "
     "has no effect there.",
     "Written by `benchmarks/classify.py`: 10 seeds (5 for densities and further methods) on a CPU, one thread. Each "
-    "seed has its own original, forget set and Retrain. Cells are mean ± standard deviation over seeds; in parentheses is the "
-    "difference of the mean from Retrain's mean over the same seeds, and *avg. gap* is the average of these, as in "
-    "the SalUn paper. *Gap by seed* is the mean over UA, RA, TA and MIA of each seed's gap to its own Retrain, in "
-    "which errors of different seeds do not cancel; methods are compared by it. *Retrain, another seed* is trained "
-    "on the same rows from other first weights; it is exact as well, so its gap is chance. The row *original* has "
-    "the gap of the model before unlearning. *RTE* is the median of the seconds of one unlearning. *Search* is the "
-    "seconds of the search for the learning rate, made once, on one seed (on two in the first setting, the "
-    "hardest), without Retrain. For the terms see [classification.md](classification.md).",
+    "seed has its own original, forget set and Retrain. Cells are mean ± standard deviation over seeds; in "
+    "parentheses is the difference of the mean from Retrain's mean over the same seeds, and *avg. gap* is the average "
+    "of these, as in the SalUn paper. *Gap by seed* is the mean over UA, RA, TA and MIA of each seed's gap to its own "
+    "Retrain, in which errors of different seeds do not cancel; methods are compared by it. *Retrain, another seed* "
+    "is trained on the same rows from other first weights; it is exact as well, so its gap is chance. The row "
+    "*original* has the gap of the model before unlearning. *RTE* is the median of the seconds of one unlearning. "
+    "*Search* is the seconds of the search for the learning rate, made once, on one seed (on two in the first "
+    "setting, the hardest), without Retrain. For the terms see [classification.md](classification.md).",
     "**Limits of these results.** The data sets are small, and the only model has 28,000 weights. *Significantly* "
     "means that neither of a method's two 95 % intervals contains 0; a setting has up to 11 such comparisons, not "
     "corrected for their number, so that a method may be in a list by chance. The search evaluates on about 150 "
