@@ -397,6 +397,23 @@ def test_numbers_of_a_network_that_cannot_be_are_reported(options: dict[str, Any
         ClassTrainOptions(**options).resolved()
 
 
+def test_colors_in_a_folder_are_trained_on_by_the_other_choices(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
+    others = {"prediction_type": "epsilon", "noise": "linear", "flip": True, "channels_last": True, "image_size": 16}
+    options = ClassTrainOptions(**{**TINY, **others, "data": str(tmp_path / "data"), "grad_clip": 1.0})
+    done = train_class_model(options, tmp_path / "run", progress=salun.silent)
+    assert all(np.isfinite(row["denoise"]) for row in done.history)
+    model = salun.load(str(tmp_path / "run" / "model"), device="cpu")
+    assert (model.latent_shape, model.labels) == ((3, 16, 16), ["cat", "dog"])  # type: ignore[attr-defined]
+    assert model.schedule.prediction_type == "epsilon"
+
+
 def test_a_training_in_bf16_averages_and_writes_float32(tmp_path: Path) -> None:
     """And a classifier judges samples of the classes that were trained."""
     train(data="digits", train_epochs=4, run_dir=tmp_path / "classifier", progress=salun.silent)
