@@ -52,6 +52,8 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name → model, c
     "lr 10 times": ("shapes", ["circle"], {"lr": 3e-3}),
     "lr a tenth": ("shapes", ["circle"], {"lr": 3e-5}),
     "circle, drift 0.001": ("shapes", ["circle"], {"until": "ua>=0.98, retain_drift<=0.001"}),
+    "red, ra_drop 0.01": ("shapes", ["red"], {"until": "ua>=0.98, anchor>=0.9, retain_drift<=0.02, ra_drop<=0.01"}),
+    "red, 384 retain samples": ("shapes", ["red"], {"retain_latents": 384}),
     "circle, lr 3e-7": ("shapes", ["circle"], {"lr": 3e-7}),
     "circle, density 0.1": ("shapes", ["circle"], {"density": 0.1}),
     "circle, density 0.01": ("shapes", ["circle"], {"density": 0.01}),
@@ -69,7 +71,8 @@ Written by `benchmarks/until.py` on the bundled models and variants of one, on a
 case is erased by default, towards “{goal}”, and, where that is listed, with the fixed number of steps of the recipe.
 The rules of the goal were found on red, circle and red → blue, and on red of `narrow`; the other cases played no part
 in that. “lr 10 times”, “lr a tenth” and “lr 3e-7” force the learning rate; the recipe's is 3e-4. Each “density” trains
-that fraction of the weights in place of half of them. “drift 0.001” is a goal that cannot be reached. Two more cannot
+that fraction of the weights in place of half of them. “ra_drop 0.01” is a stricter goal, and “384 retain samples” has
+so many in place of 160. “drift 0.001” is a goal that cannot be reached. Two more cannot
 be asked for: an anchor that is the concept is an error, and retain prompts that name the concept are left out, with a
 note. RA: images of other prompts that are as prompted. Seconds are the processor's, without the final evaluation, the
 cache of samples being empty; in parentheses, the fraction that the probes take, which earlier rows do not know. Probes
