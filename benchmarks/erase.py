@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -237,8 +238,8 @@ def metrics_of(result: dict[str, Any]) -> dict[str, float]:
         "RA before": m["ra_before"]["value"],
         "RA drop": m["ra_before"]["value"] - m["ra_after"]["value"],
         "largest drop of an attribute": max(fall.values()),
-        "Fréchet (base)": m["frechet_before"]["value"],
-        "Fréchet": m["frechet"]["value"],
+        "Fréchet (base)": m["frechet_before"]["value"] if m["frechet_before"] else nan,  # unknown of few images
+        "Fréchet": m["frechet"]["value"] if m["frechet"] else nan,
     }
 
 
