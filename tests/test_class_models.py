@@ -268,6 +268,14 @@ def _config(change: dict[str, Any]) -> Callable[[Path], None]:
     return apply
 
 
+def _pipeline(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "model_index.json"
+        path.write_text(path.read_text(encoding="utf-8").replace("DDPMPipeline", name), encoding="utf-8")
+
+    return apply
+
+
 def _labels(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "labels.txt").write_text(text, encoding="utf-8") and None  # type: ignore[func-returns-value]
 
@@ -288,6 +296,11 @@ def _labels(text: str) -> Callable[[Path], None]:
         (_labels("".join(f"{i}\n" for i in range(11))), {"concept": "3"}, "none is left for the null label"),
         (_config({"num_class_embeds": None}), {"concept": "3"}, "without class embeddings"),
         (_config({"num_class_embeds": "11"}), {"concept": "3"}, "has '11' class embeddings"),
+        (
+            _pipeline("ConsistencyModelPipeline"),
+            {"concept": "3"},
+            "is a ConsistencyModelPipeline; salun supports .*DDPM",
+        ),
         (_config({"sample_size": None}), {"concept": "3"}, "has no sample_size"),
         (_config({"class_embed_type": "timestep"}), {"concept": "3"}, "class_embed_type 'timestep'"),
         (
