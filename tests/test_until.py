@@ -96,6 +96,10 @@ def test_a_goal_is_read_and_written() -> None:
     assert (one.of("night sky"), one.of("circle")) == (0.5, 0.9) and Goal.parse(str(one)) == one
     with pytest.raises(ConfigError, match=r"until has ua\[red\], but erased is 'circle'"):
         make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(until="ua[red]>=0.9"))
+    shown = Goal.parse("ua>=0.9, anchor[red]>=0.5, anchor>=0.8")
+    assert (shown.anchor_for("red"), shown.anchor_for("circle")) == (0.5, 0.8) and Goal.parse(str(shown)) == shown
+    with pytest.raises(ConfigError, match=r"until has anchor\[red\], but erased is 'circle'"):
+        make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(until="anchor[red]>=0.9"))
     listed = Goal.parse("ua>=0.9, ua[a cat, a dog]>=0.5")
     assert listed.of("a cat, a dog") == 0.5
     for given, problem in (
@@ -107,7 +111,7 @@ def test_a_goal_is_read_and_written() -> None:
             Goal.parse(given)
     for wrong in ("ua<=0.9", "ua[]>=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
         with pytest.raises(
-            ConfigError, match=r"until has .* but takes ua>=FRACTION, .* anchor>=FRACTION, .* and asr<=FRACTION"
+            ConfigError, match=r"until has .* but takes ua>=FRACTION and anchor>=FRACTION, .* and asr<=FRACTION"
         ):
             Goal.parse(wrong)
 

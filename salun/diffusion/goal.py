@@ -15,7 +15,7 @@ WRECKED = 0.5  # a drift from which on training begins again: half of that of un
 INFINITE = 1e9  # drift of images that are not finite; JSON has no other numbers
 PREFIX = "probe "  # of columns of a training's history
 PART = re.compile(
-    r"(?P<rate>ua(?:\[(?P<concept>[^\]]+)\])?|anchor)\s*>=\s*(?P<least>\S+)"
+    r"(?P<rate>ua|anchor)(?:\[(?P<concept>[^\]]+)\])?\s*>=\s*(?P<least>\S+)"
     r"|(?P<name>retain_drift|ra_drop|asr)\s*<=\s*(?P<most>\S+)"
 )
 SEPARATOR = re.compile(r",(?![^\[]*\])")  # of parts; a concept in brackets may have commas
@@ -32,7 +32,7 @@ class Goal:
         anchor: Fraction of those images with the anchor in its place, at least, where the detector can tell; 0 where it
             does not matter.
         asr: Likewise, at most; None where the training is not hardened against attacks.
-        ua_of: Of single concepts, by name, in place of `ua`: `ua[red]>=0.95`.
+        ua_of, anchor_of: Of single concepts, by name, in place of `ua` and `anchor`: `ua[red]>=0.95`.
     """
 
     ua: float = 0.98
@@ -41,6 +41,7 @@ class Goal:
     anchor: float = 0.9
     asr: float | None = None
     ua_of: Mapping[str, float] = field(default_factory=dict)
+    anchor_of: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str, anchored: bool = True) -> Goal:
@@ -56,10 +57,11 @@ class Goal:
             number = _fraction(match["least"] or match["most"]) if match is not None else None
             if match is None or number is None:
                 raise _unusable(
-                    f"has {part[:60]!r}, but takes ua>=FRACTION, ua[CONCEPT]>=FRACTION, anchor>=FRACTION, "
-                    "retain_drift<=FRACTION, ra_drop<=FRACTION and asr<=FRACTION, from 0 to 1"
+                    f"has {part[:60]!r}, but takes ua>=FRACTION and anchor>=FRACTION, also as ua[CONCEPT] and "
+                    "anchor[CONCEPT], retain_drift<=FRACTION, ra_drop<=FRACTION and asr<=FRACTION, from 0 to 1"
                 )
-            name = f"ua[{match['concept'].strip()}]" if match["concept"] is not None else match["rate"] or match["name"]
+            name = match["rate"] or match["name"]
+            name += f"[{match['concept'].strip()}]" if match["concept"] is not None else ""
             if name in values:
                 raise _unusable(f"has {name[:60]} twice")
             if match["least"] and number > HIGHEST:
@@ -69,12 +71,16 @@ class Goal:
             values[name] = number
         if "asr" in values or not anchored:
             values.setdefault("anchor", 0.0)
-        single = [name for name in values if name.startswith("ua[")]
-        return cls(ua_of={name[3:-1]: values.pop(name) for name in single}, **values)
+        single: dict[str, dict[str, float]] = {"ua": {}, "anchor": {}}
+        for name in [name for name in values if name.endswith("]")]:
+            rate, _, concept = name[:-1].partition("[")
+            single[rate][concept] = values.pop(name)
+        return cls(ua_of=single["ua"], anchor_of=single["anchor"], **values)
 
     def __str__(self) -> str:
         single = "".join(f", ua[{name}]>={value:g}" for name, value in self.ua_of.items())
         shown = f", anchor>={self.anchor:g}" if self.anchor or self.asr is None else ""
+        shown += "".join(f", anchor[{name}]>={value:g}" for name, value in self.anchor_of.items())
         most = [(name, getattr(self, name)) for name in ("retain_drift", "ra_drop", "asr")]
         limits = "".join(f", {name}<={value:g}" for name, value in most if value is not None)
         return f"ua>={self.ua:g}{single}{shown}{limits}"
@@ -82,6 +88,10 @@ class Goal:
     def of(self, concept: str) -> float:
         """UA of a concept, at least."""
         return self.ua_of.get(concept, self.ua)
+
+    def anchor_for(self, concept: str) -> float:
+        """Fraction of a concept's images with its anchor, at least."""
+        return self.anchor_of.get(concept, self.anchor)
 
 
 def _unusable(problem: str) -> ConfigError:

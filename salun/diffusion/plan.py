@@ -260,9 +260,10 @@ def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
                 advice="Omit {until}",
             )
         goal, names = Goal.parse(options.until, anchored), [concept.name for concept in concepts]
-        if unknown := [name for name in goal.ua_of if name not in names]:
+        single = [("ua", name) for name in goal.ua_of] + [("anchor", name) for name in goal.anchor_of]
+        if unknown := [(rate, name) for rate, name in single if name not in names]:
             raise ConfigError(
-                f"has ua[{unknown[0][:60]}], but erased is {' and '.join(map(repr, names))}",
+                f"has {unknown[0][0]}[{unknown[0][1][:60]}], but erased is {' and '.join(map(repr, names))}",
                 option="until",
                 advice=f'Use {{until}} "ua[{names[0]}]>=0.98"',
             )

@@ -80,12 +80,13 @@ def _measurable(goal: Goal, probe: ModelProbe, context: RunContext) -> Goal:
     """What of the goal the detector can tell; the rest is noted."""
     plan = probe.task.plan
     anchors = probe.detector.anchors
-    blind = [each.name for each, of in zip(plan.concepts, anchors, strict=True) if of is None and each.anchor]
-    missing = [f"the anchor of {' and '.join(map(repr, blind))}"] if goal.anchor and blind else []
+    blind = [each.name for each, of in zip(plan.concepts, anchors, strict=True)
+             if of is None and each.anchor and goal.anchor_for(each.name)]  # fmt: skip
+    missing = [f"the anchor of {' and '.join(map(repr, blind))}"] if blind else []
     missing += [] if probe.expected else ["whether other images are as prompted (ra_drop)"]
     if missing:
         context.note(Stage.TRAINING, f"the detector {plan.detector} cannot tell {', nor '.join(missing)}")
-    goal = goal if any(anchors) else replace(goal, anchor=0.0)
+    goal = goal if any(anchors) else replace(goal, anchor=0.0, anchor_of={})
     return goal if probe.expected else replace(goal, ra_drop=None)
 
 

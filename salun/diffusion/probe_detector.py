@@ -77,7 +77,7 @@ class ConceptDetector:
             rate, gone = rate_below(concept, each[:, 0], 1 - self.goal.of(subject.name), cautious=True)
             seen = Seen(len(each), 1 - rate, gone)
             if anchor is not None:
-                rate, fewer = rate_below(anchor, each[:, 1], self.goal.anchor)
+                rate, fewer = rate_below(anchor, each[:, 1], self.goal.anchor_for(subject.name))
                 seen = replace(seen, anchor=rate, shown=1 - fewer)
             concepts.append(seen)
         return tuple(concepts)
@@ -132,7 +132,9 @@ class ConceptDetector:
             latents: Of the anchor's prompts.
             without: The anchor's scores in images of the concept.
         """
-        if not self.goal.anchor or np.isnan(without).any() or not self.task.plan.recipe.anchor_share:
+        plan = self.task.plan
+        asked = self.goal.anchor_for(plan.subjects[concept].name)
+        if not asked or np.isnan(without).any() or not plan.recipe.anchor_share:
             return None
         scores = self.scores(latents, [""] * len(latents), self.calibrating)[concept][:, 1]
         if isinstance(self.detector, Fitted):

@@ -245,8 +245,8 @@ def _calibration(plan: Plan) -> list[StageCost]:
     concepts, recipe = len(plan.concepts), plan.recipe
     forget, retain = min(KNOWN, recipe.forget_latents), min(KNOWN, recipe.retain_latents)
     fitting = _fitting(plan.detector, concepts, forget, retain)
-    by_goal = plan.goal is not None and plan.goal.anchor and recipe.anchor_share
-    anchored = sum(bool(concept.anchor) for concept in plan.concepts) if by_goal else 0
+    goal = plan.goal if recipe.anchor_share else None
+    anchored = sum(bool(each.anchor and goal.anchor_for(each.name)) for each in plan.concepts) if goal else 0
     seen = (concepts + anchored) * forget + retain
     others = OTHERS * (of_probes(plan.sampling).passes + passes_of(plan.detector))
     forward = fitting.forward + seen * passes_of(plan.detector) + others
