@@ -51,6 +51,19 @@ def measured(method: str, of: tuple[str, str], options: dict[str, Any], seed: in
     return {"gap": metrics["gap_mean"], "original": metrics["gap_original"]}
 
 
+def summary() -> str:
+    """What the runs of SalUn at its defaults show, and how far the original is, in a sentence."""
+    parts = []
+    for method, of, options, seeds in ROWS:
+        paths = [_path(method, of, options, seed) for seed in range(seeds)]
+        if method == "salun" and not options and all(path.exists() for path in paths):
+            found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            ends = [f"{min(each[key] for each in found):.1f} to {max(each[key] for each in found):.1f}"
+                    for key in ("gap", "original")]  # fmt: skip
+            parts.append(f"{ends[0]} points on {of[0]}, `{of[1]}` (original: {ends[1]})")
+    return f"**What it shows.** SalUn at its defaults ends at gaps of {'; '.join(parts)}."
+
+
 def document() -> str:
     """The page."""
     lines = ["| method | data | forget set | options | gap by seed (original) |", "|---" * 5 + "|"]
@@ -61,7 +74,7 @@ def document() -> str:
         given = ", ".join(f"`--{name.replace('_', '-')} {value:g}`" if not isinstance(value, str) else
                           f"`--{name.replace('_', '-')} {value}`" for name, value in options.items())  # fmt: skip
         lines.append(f"| `{method}` | {of[0]} | `{of[1]}` | {given or 'none'} | {', '.join(cells) or '–'} |")
-    return "\n\n".join(["# Classifiers at the defaults", _filled(HEAD), "\n".join(lines)]) + "\n"
+    return "\n\n".join(["# Classifiers at the defaults", _filled(summary()), _filled(HEAD), "\n".join(lines)]) + "\n"
 
 
 def _path(method: str, of: tuple[str, str], options: dict[str, Any], seed: int) -> Path:

@@ -49,8 +49,12 @@ def document(label: int, n: int) -> str:
         half = made["facts"]["steps_to_half"]
         cells = [f"{100 * rate:.0f}" for _, rate in made["curve"]]
         lines.append(f"| {name} | {' | '.join(cells)} | {half or f'> {looks[-1]:g}'} |")
-    head = textwrap.fill(" ".join(HEAD.format(label=label, n=n).split()), 120, break_on_hyphens=False)
-    return "\n\n".join(["# Relearning a class", head, "\n".join(lines)]) + "\n"
+    halves = {name: made["facts"]["steps_to_half"] or f"more than {looks[-1]:g}" for name, made in found.items()}
+    listed = ", ".join(f"{name} {half}" for name, half in halves.items())
+    said = f"**What it shows.** Steps until the class shows half as often as in the original: {listed}."
+    texts = [textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False)
+             for text in (said, HEAD.format(label=label, n=n))]  # fmt: skip
+    return "\n\n".join(["# Relearning a class", *texts, "\n".join(lines)]) + "\n"
 
 
 def _path(label: int, name: str, n: int) -> Path:
