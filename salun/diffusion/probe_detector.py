@@ -133,8 +133,8 @@ class ConceptDetector:
             without: The anchor's scores in images of the concept.
         """
         plan = self.task.plan
-        asked = self.goal.anchor_for(plan.subjects[concept].name)
-        if not asked or np.isnan(without).any() or not plan.recipe.anchor_share:
+        least = self.goal.anchor_for(plan.subjects[concept].name)
+        if not least or np.isnan(without).any() or not plan.recipe.anchor_share:
             return None
         scores = self.scores(latents, [""] * len(latents), self.calibrating)[concept][:, 1]
         if isinstance(self.detector, Fitted):
